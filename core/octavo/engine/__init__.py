@@ -1,0 +1,1 @@
+"""The engine: requests, blocks, scheduling and the step loop. Nothing here imports torch."""

@@ -1,0 +1,180 @@
+"""The words between the scheduler and the executor: plain data, differences only.
+
+A recorded sequence of StepInputs replays a run. A StepInput holds no sampled token: a decoding row's input is the token
+that the device sampled for it last, which is what lets step n+1 be submitted before the output of step n is known.
+"""
+
+from dataclasses import dataclass, field
+
+from octavo.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """A request takes a row: everything the device must know of it.
+
+    `token_ids` are all tokens known so far: the prompt, and after a preemption the tokens generated before it, from which
+    penalty counts are rebuilt. `blocks[g]` is the row's block table in KV group g.
+    """
+
+    row: int
+    generation: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    blocks: list[list[int]]
+    params: SamplingParams
+    seed: int
+    choice: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForkRow:
+    """Row `row` becomes a copy of `source` (tokens, tables, penalty counts) with a choice number of its own."""
+
+    source: int
+    row: int
+    generation: int
+    choice: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableChange:
+    """Entries of a row's block table from `start` on in KV group `group` become `blocks`."""
+
+    row: int
+    group: int
+    start: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Copy block `source` to `target` bytewise, in every layer of the group, before any write of the step."""
+
+    group: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """Row `row` computes `num_tokens` tokens from position `start`.
+
+    Positions at or past the row's `token_ids` take the token that the device sampled for that position.
+    """
+
+    row: int
+    generation: int
+    start: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """Sample a token for `row` at position `position` from the logits of the last token of `source`'s part of the batch."""
+
+    row: int
+    generation: int
+    source: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """All that a step needs beyond what the device already has. Applied in the order of the fields.
+
+    `rows` puts rows that compute one token first. `prompt_logprobs` names rows whose prompt logits are wanted.
+    """
+
+    step_id: int
+    freed_rows: list[int] = field(default_factory=list)
+    new_rows: list[NewRow] = field(default_factory=list)
+    forks: list[ForkRow] = field(default_factory=list)
+    table_changes: list[TableChange] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+    set_tokens: list[tuple[int, int]] = field(default_factory=list)
+    rows: list[ScheduledRow] = field(default_factory=list)
+    samples: list[SampleRow] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The sampled token's logprob and rank, and the `k` most likely tokens with theirs."""
+
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A row's token of this step. `position` is the token's place in the request, prompt included."""
+
+    row: int
+    generation: int
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Logprobs of the prompt tokens at positions `start`, `start` + 1, ... given the tokens before them."""
+
+    row: int
+    generation: int
+    start: int
+    logprobs: list[TokenLogprob]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step gave. `error` fails every request of the step."""
+
+    step_id: int
+    tokens: list[SampledToken] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """News of one choice of a request, from the engine to whoever asked.
+
+    `finish_reason` is None while the choice goes on. `num_cached_tokens` is told with the first event.
+    """
+
+    request_id: str
+    choice: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine's counters and gauges at one moment; counters (num_preemptions and below) only grow."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_blocks_used: int = 0
+    kv_usage: float = 0.0
+    kv_tokens: int = 0
+    kv_slots: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_prompt_tokens_computed: int = 0
+    num_generated_tokens: int = 0
+    num_steps: int = 0
+    num_copies: int = 0
