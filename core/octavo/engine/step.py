@@ -83,7 +83,7 @@ class SampleRow:
 class StepInput:
     """All that a step needs beyond what the device already has. Applied in the order of the fields.
 
-    `rows` puts rows that compute one token first. `prompt_logprobs` names rows whose prompt logits are wanted.
+    `rows` puts rows that compute one token first. `set_tokens` (row, token id) replaces the token that a row sampled last.
     """
 
     step_id: int
@@ -146,7 +146,7 @@ class StepOutput:
 class TokenEvent:
     """News of one choice of a request, from the engine to whoever asked.
 
-    `finish_reason` is None while the choice goes on. `num_cached_tokens` is told with the first event.
+    `finish_reason` is None while the choice goes on. `num_cached_tokens` is told by choice 0.
     """
 
     request_id: str

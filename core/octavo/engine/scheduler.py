@@ -1,0 +1,402 @@
+"""Continuous batching: which tokens of which requests the next step computes.
+
+There is no prefill and no decode phase (Yu et al. 2022, Orca; Agrawal et al. 2024, Sarathi-Serve, chunked prefill): a request
+has tokens computed and tokens wanted, and each step hands out a token budget, running requests first.
+"""
+
+from bisect import insort
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+
+from octavo.engine.block_manager import BlockManager, TableEdit
+from octavo.engine.request import Request, Status
+from octavo.engine.rows import Rows
+from octavo.engine.step import (
+    BlockCopy,
+    EngineStats,
+    ForkRow,
+    NewRow,
+    PromptLogprobs,
+    SampledToken,
+    SampleRow,
+    ScheduledRow,
+    StepInput,
+    StepOutput,
+    TableChange,
+    TokenEvent,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What a step and the engine may hold. `max_tokens_per_prompt` 0 means no limit of its own."""
+
+    max_requests: int
+    max_tokens: int
+    max_tokens_per_prompt: int = 0
+    chunked_prefill: bool = True
+    by_priority: bool = False
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has happened since the engine started; the words are EngineStats's."""
+
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_prompt_tokens_computed: int = 0
+    num_generated_tokens: int = 0
+    num_steps: int = 0
+    num_copies: int = 0
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A submitted step and the requests that compute in it."""
+
+    step_id: int
+    requests: list[Request]
+
+
+class Scheduler:
+    """Requests in, StepInputs out; StepOutputs in, events out.
+
+    `schedule` may be called again before the output of the last step is known. Outputs are matched by (row, generation), and
+    those of a request that has ended meanwhile are dropped.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        blocks: BlockManager,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self.limits = limits
+        self.blocks = blocks
+        self.eos_token_ids = eos_token_ids
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.counters = Counters()
+        self._rows = Rows(limits.max_requests)
+        self._live: dict[tuple[int, int], Request] = {}
+        self._in_flight: deque[_InFlight] = deque()
+        self._events: list[TokenEvent] = []
+        self._step_id = 0
+        self._last_key = 0
+
+    # -- requests in and out ----------------------------------------------------------------------------------------
+
+    def new_key(self) -> int:
+        """A key that no request has had."""
+        self._last_key += 1
+        return self._last_key
+
+    def add(self, request: Request) -> None:
+        """Queue a request, behind its equals."""
+        request.arrival = request.key
+        self._enqueue(request)
+        self.counters.num_prompt_tokens += request.num_prompt
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """End a request, or one choice of it, without an event. Unknown ids are ignored."""
+        for request in [*self.running, *self.waiting]:
+            if request.id == request_id and choice in (None, request.choice):
+                self._finish(request)
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self.running or self.waiting)
+
+    def _enqueue(self, request: Request) -> None:
+        request.status = Status.WAITING
+        insort(self.waiting, request, key=self._order)
+
+    def _order(self, request: Request) -> tuple[int, int, int]:
+        return (request.priority if self.limits.by_priority else 0, request.arrival, request.choice)
+
+    # -- schedule ---------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepInput | None:
+        """The next step, or None when nothing can be computed now."""
+        step = _StepBuilder(self._step_id, self.limits.max_tokens)
+        preempted = self._schedule_running(step)
+        if not preempted:
+            self._schedule_waiting(step)
+        if not step.rows:
+            return None
+        for child in step.children:
+            insort(self.running, child, key=self._order)
+        self._step_id += 1
+        self._in_flight.append(_InFlight(step.step_id, step.requests))
+        self.counters.num_steps += 1
+        self.counters.num_copies += len(step.copies)
+        self.counters.num_prompt_tokens_computed += step.num_prompt_tokens
+        return step.build(self._rows.drain_freed())
+
+    def _schedule_running(self, step: "_StepBuilder") -> bool:
+        preempted = False
+        index = 0
+        while index < len(self.running) and step.budget:
+            request = self.running[index]
+            num_tokens = self._share(request, step)
+            if num_tokens == 0:
+                index += 1
+                continue
+            step.edit(request.row, self.blocks.trim(request.key))
+            edits = self.blocks.grow(request.key, request.num_computed + num_tokens)
+            if edits is None:
+                self._preempt(self._youngest())
+                preempted = True
+                continue
+            self._compute(step, request, num_tokens, edits)
+            index += 1
+        return preempted
+
+    def _youngest(self) -> Request:
+        return max(self.running, key=self._order)
+
+    def _share(self, request: Request, step: "_StepBuilder") -> int:
+        """How many tokens the request computes in this step."""
+        wanted = request.num_wanted
+        if wanted > 1 and self.limits.max_tokens_per_prompt:
+            wanted = min(wanted, self.limits.max_tokens_per_prompt)
+        if wanted > step.budget and not self.limits.chunked_prefill:
+            return 0
+        return min(wanted, step.budget)
+
+    def _schedule_waiting(self, step: "_StepBuilder") -> None:
+        while self.waiting and step.budget:
+            request = self.waiting[0]
+            if request.num_in_flight or self._rows.num_free < request.choices or not self._admit(step, request):
+                return
+
+    def _admit(self, step: "_StepBuilder", request: Request) -> bool:
+        """Start a waiting request; False, with nothing changed, if it does not fit."""
+        hits = self._prefix_hits(request)
+        request.num_computed = self.blocks.admit(request.key, hits)
+        num_tokens = self._share(request, step)
+        edits = self.blocks.grow(request.key, request.num_computed + num_tokens) if num_tokens else None
+        if edits is None:
+            self.blocks.free(request.key)
+            request.num_computed = 0
+            return False
+        self.waiting.pop(0)
+        self._start(step, request, len(hits))
+        self._compute(step, request, num_tokens, [])
+        return True
+
+    def _prefix_hits(self, request: Request) -> list[bytes]:
+        """Hashes of the cached blocks to begin with; at least one token is left to compute."""
+        if not self.blocks.prefix_caching or request.params.prompt_logprobs is not None:
+            return []
+        request.extend_hashes(self.blocks.block_size)
+        usable = request.hashes[: (request.num_known - 1) // self.blocks.block_size]
+        return usable[: self.blocks.match(usable)]
+
+    def _start(self, step: "_StepBuilder", request: Request, num_hits: int) -> None:
+        rows = [self._rows.take() for _ in range(request.choices)]
+        request.row, request.spare_rows = rows[0], rows[1:]
+        request.generation = self._rows.generation(request.row)
+        request.status = Status.RUNNING
+        request.num_published = num_hits
+        if request.num_cached is None:
+            request.num_cached = min(request.num_computed, request.num_prompt)
+            self.counters.num_cached_tokens += request.num_cached
+        self._live[request.row, request.generation] = request
+        insort(self.running, request, key=self._order)
+        step.new_rows.append(
+            NewRow(
+                request.row,
+                request.generation,
+                request.known_token_ids(),
+                request.num_prompt,
+                [list(table) for table in self.blocks.tables(request.key)],
+                request.params,
+                request.seed,
+                request.choice,
+            )
+        )
+
+    def _compute(self, step: "_StepBuilder", request: Request, num_tokens: int, edits: list[TableEdit]) -> None:
+        """Book `num_tokens` of the request, whose blocks are there, into the step."""
+        start = request.num_computed
+        row = ScheduledRow(request.row, request.generation, start, num_tokens)
+        step.add(row, request)
+        request.num_computed += num_tokens
+        request.last_step = step.step_id
+        self._publish(request)
+        if request.num_computed == request.num_tokens:
+            self._sample(step, request)
+        step.edit(request.row, edits)
+
+    def _sample(self, step: "_StepBuilder", request: Request) -> None:
+        """The step reaches the request's last token: it samples, for every choice."""
+        position = request.num_tokens
+        for choice, row in enumerate(request.spare_rows, 1):
+            child = request.fork(self.new_key(), choice, row, self._rows.generation(row))
+            self.blocks.fork(request.key, child.key)
+            self._live[child.row, child.generation] = child
+            step.fork(request, child, position, self.blocks.tables(child.key))
+            child.num_in_flight = 1
+        request.choices, request.spare_rows = 1, []
+        step.samples.append(SampleRow(request.row, request.generation, request.row, position))
+        request.num_in_flight += 1
+
+    def _publish(self, request: Request) -> None:
+        """Let the blocks that are computed and known be found."""
+        if not self.blocks.prefix_caching:
+            return
+        request.extend_hashes(self.blocks.block_size)
+        end = min(request.num_computed // self.blocks.block_size, len(request.hashes))
+        if end > request.num_published:
+            start = request.num_published
+            self.blocks.publish(request.key, request.hashes[start:end], start, request.last_step)
+            request.num_published = end
+
+    def _preempt(self, request: Request) -> None:
+        """Take a running request's blocks and row; it is recomputed once its in-flight steps are updated."""
+        self._leave(request)
+        if not request.num_in_flight:
+            del self._live[request.row, request.generation]
+        request.num_computed = request.num_published = 0
+        self._enqueue(request)
+        self.counters.num_preemptions += 1
+
+    def _leave(self, request: Request) -> None:
+        self.running.remove(request)
+        self.blocks.free(request.key)
+        for row in (request.row, *request.spare_rows):
+            self._rows.release(row)
+        request.spare_rows = []
+
+    # -- update -----------------------------------------------------------------------------------------------------
+
+    def update(self, output: StepOutput) -> list[TokenEvent]:
+        """Take the output of the oldest step in flight; what it means for each request."""
+        step = self._in_flight.popleft()
+        assert step.step_id == output.step_id, f"output of step {output.step_id}, but {step.step_id} is the oldest"
+        if output.error is not None:
+            self._fail(step, output.error)
+        else:
+            self.blocks.settle(step.step_id)
+            for prompt in output.prompt_logprobs:
+                self._take_prompt(prompt)
+            for token in output.tokens:
+                self._take(token)
+        events, self._events = self._events, []
+        return events
+
+    def _take_prompt(self, prompt: PromptLogprobs) -> None:
+        request = self._live.get((prompt.row, prompt.generation))
+        if request is None:
+            return
+        # After a preemption the prompt is computed again; what was told stays told.
+        news = prompt.logprobs[max(0, request.num_prompt_logprobs - prompt.start) :]
+        if news:
+            request.num_prompt_logprobs = prompt.start + len(prompt.logprobs)
+            self._tell(request, TokenEvent(request.id, request.choice, [], prompt_logprobs=news))
+
+    def _take(self, token: SampledToken) -> None:
+        request = self._live.get((token.row, token.generation))
+        if request is None:
+            return
+        request.num_in_flight -= 1
+        request.output_token_ids.append(token.token_id)
+        self.counters.num_generated_tokens += 1
+        stop = request.stop_reason(token.token_id, self.eos_token_ids)
+        if request.status is Status.RUNNING:
+            self._publish(request)
+        elif request.num_in_flight == 0:
+            del self._live[token.row, token.generation]
+        logprobs = [] if token.logprob is None else [token.logprob]
+        event = TokenEvent(request.id, request.choice, [token.token_id], logprobs)
+        if stop is not None:
+            event = replace(event, finish_reason=stop[0], stop_reason=stop[1])
+            self._finish(request)
+        self._tell(request, event)
+
+    def _tell(self, request: Request, event: TokenEvent) -> None:
+        if request.choice == 0:
+            event = replace(event, num_cached_tokens=request.num_cached)
+        self._events.append(event)
+
+    def _finish(self, request: Request) -> None:
+        if request.status is Status.RUNNING:
+            self._leave(request)
+        else:
+            self.waiting.remove(request)
+        request.status = Status.FINISHED
+        self._live.pop((request.row, request.generation), None)
+
+    def _fail(self, step: _InFlight, error: str) -> None:
+        """End the step's requests, and restart those that built on blocks which it should have filled."""
+        tainted = self.blocks.withdraw_since(step.step_id)
+        for request in step.requests:
+            if not request.finished:
+                self._finish(request)
+                self._events.append(TokenEvent(request.id, request.choice, [], finish_reason="error", error=error))
+        for request in [r for r in self.running if r.key in tainted]:
+            request.num_in_flight = 0
+            self._preempt(request)
+
+    # -- accounts ---------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> EngineStats:
+        """Counters and gauges now."""
+        slots, wasted = self.blocks.num_slots_used, self.blocks.num_slots_wasted
+        pool = self.blocks.pool
+        return EngineStats(
+            **asdict(self.counters),
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_blocks=pool.num_blocks - 1,
+            num_blocks_used=pool.num_used,
+            kv_usage=pool.num_used / max(1, pool.num_blocks - 1),
+            kv_slots=slots,
+            kv_tokens=slots - wasted,
+        )
+
+
+class _StepBuilder:
+    """A step in the making."""
+
+    def __init__(self, step_id: int, budget: int) -> None:
+        self.step_id = step_id
+        self.budget = budget
+        self.new_rows: list[NewRow] = []
+        self.forks: list[ForkRow] = []
+        self.changes: list[TableChange] = []
+        self.copies: list[BlockCopy] = []
+        self.rows: list[ScheduledRow] = []
+        self.samples: list[SampleRow] = []
+        self.requests: list[Request] = []
+        self.children: list[Request] = []
+        self.num_prompt_tokens = 0
+
+    def add(self, row: ScheduledRow, request: Request) -> None:
+        self.rows.append(row)
+        self.requests.append(request)
+        self.budget -= row.num_tokens
+        self.num_prompt_tokens += max(0, min(row.start + row.num_tokens, request.num_prompt) - row.start)
+
+    def edit(self, row: int, edits: list[TableEdit]) -> None:
+        for edit in edits:
+            self.changes.append(TableChange(row, edit.group, edit.index, [edit.block]))
+            if edit.copied_from is not None:
+                self.copies.append(BlockCopy(edit.group, edit.copied_from, edit.block))
+
+    def fork(self, parent: Request, child: Request, position: int, tables: list[list[int]]) -> None:
+        self.forks.append(ForkRow(parent.row, child.row, child.generation, child.choice))
+        self.changes += [TableChange(child.row, group, 0, list(table)) for group, table in enumerate(tables)]
+        self.samples.append(SampleRow(child.row, child.generation, parent.row, position))
+        self.requests.append(child)
+        self.children.append(child)
+
+    def build(self, freed_rows: list[int]) -> StepInput:
+        # Rows of one token first, as attention backends expect; the order is kept otherwise.
+        rows = sorted(self.rows, key=lambda row: row.num_tokens > 1)
+        return StepInput(
+            self.step_id, freed_rows, self.new_rows, self.forks, self.changes, self.copies, [], rows, self.samples
+        )
