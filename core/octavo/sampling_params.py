@@ -6,8 +6,27 @@ from math import isfinite
 
 from octavo.errors import RequestError
 
+_MASK = (1 << 64) - 1
 MAX_STOP_STRINGS = 16
 MAX_CHOICES = 128
+
+
+def _mix(x: int) -> int:
+    """A 64-bit finaliser in which every input bit reaches every output bit (splitmix64, Steele et al. 2014, fig. 13)."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of choice j: the request's own for 0, so that a run with `choice_seed(s, j)` repeats choice j of seed s."""
+    return seed if choice == 0 else _mix(_mix(seed & _MASK) ^ choice) >> 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """The random number in [0, 1) that decides the token at `position` of a request or choice with this seed."""
+    return (_mix(_mix(seed & _MASK) ^ (position * 0xD6E8FEB86659FD93 & _MASK)) >> 11) * 2.0**-53
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

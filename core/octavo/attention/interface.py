@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from octavo.kv_cache.interface import KVCache
+from octavo.kv_cache.interface import KVCache, KVCacheFormat
 from octavo.runtime.batch import Batch, BatchShape
 from octavo.runtime.device import DeviceInfo
 
@@ -38,6 +38,7 @@ class AttentionSpec:
     max_tokens: int
     max_model_len: int
     device: DeviceInfo
+    cache_format: KVCacheFormat
     group: int = 0
     features: Mapping[str, Any] = field(default_factory=dict)
 
@@ -46,7 +47,8 @@ class AttentionBackend(Protocol):
     """One object for all layers of one spec. Built as `Backend(spec, options, scratch)`."""
 
     features: frozenset[str]
-    kv_layouts: frozenset[str]
+    kv_layouts: frozenset[str] | None
+    """Names of the KV layouts it reads; None reads any, through the format's `read`."""
     graph_support: GraphSupport
     deterministic: bool
     batch_invariant: bool

@@ -1,11 +1,14 @@
 """The checkpoint reader's interface: one kind of file or directory, opened for reading."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+if TYPE_CHECKING:  # readers of configurations and tokenizers run in processes without torch
+    import torch
 
 API = 1
 
@@ -19,12 +22,18 @@ class TensorInfo:
 
 
 class CheckpointReader(Protocol):
-    """A checkpoint in HF's names and layout, whatever the file's own are. Built as `Reader(path, options)`."""
+    """A checkpoint in HF's names and layout, whatever the file's own are. Built as `Reader(path, options)`.
+
+    Construction, `claims`, the configurations and `tokenizer_files` import no torch.
+    """
 
     config: dict[str, Any]
     """config.json's content, or the same made from the file's metadata."""
     generation_config: dict[str, Any]
     """generation_config.json's content; empty where there is none."""
+
+    def __init__(self, path: Path, options: object = None) -> None:
+        """Open `path` and read its configuration. Raises CheckpointError."""
 
     @staticmethod
     def claims(path: Path) -> bool:

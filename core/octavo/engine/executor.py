@@ -1,11 +1,14 @@
 """What the engine asks of whatever computes its steps. Executors are plugins: in process, processes, several machines."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from octavo.config import EngineConfig
 from octavo.engine.block_manager import KVGroup
 from octavo.engine.step import StepInput, StepOutput
+from octavo.plugins.registry import Plugins
 
 API = 1
 
@@ -29,7 +32,7 @@ class Capacity:
 class Executor(Protocol):
     """Computes steps in the order of submission. Built as `Executor(options)`."""
 
-    def start(self, config: Any, progress: Any) -> Capacity:
+    def start(self, config: EngineConfig, plugins: Plugins, progress: Callable[[str], None]) -> Capacity:
         """Bring up the workers and load the model."""
 
     def submit(self, step: StepInput) -> object:

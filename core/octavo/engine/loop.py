@@ -2,8 +2,10 @@
 
 import random
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 
+from octavo.admission import check_request
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.executor import Capacity, Executor
 from octavo.engine.request import Request
@@ -44,6 +46,7 @@ class Engine:
         self._max_logprobs = max_logprobs
         self._in_flight: deque[tuple[StepInput, Future[StepOutput]]] = deque()
         self._random = random.Random(seed)
+        self.on_shutdown: Callable[[], object] = lambda: None
 
     def add_request(
         self,
@@ -73,36 +76,16 @@ class Engine:
         )
 
     def _check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
-        num_prompt, limit = len(prompt_token_ids), self.capacity.max_model_len
-        if num_prompt == 0:
-            raise RequestError("The prompt is empty, but must hold at least one token.", "prompt")
-        if num_prompt >= limit:
-            raise RequestError(
-                f"The prompt has {num_prompt} tokens, but the model's context of {limit} must hold it and one more.",
-                "prompt",
-            )
-        if params.max_tokens is not None and num_prompt + params.max_tokens > limit:
-            raise RequestError(
-                f"The prompt has {num_prompt} tokens and max_tokens is {params.max_tokens}, together "
-                f"{num_prompt + params.max_tokens}, but the model's context is {limit}.",
-                "max_tokens",
-            )
-        vocab_size = self.capacity.vocab_size
-        for name, ids in (
-            ("prompt", prompt_token_ids),
-            ("logit_bias", params.logit_bias),
-            ("allowed_token_ids", params.allowed_token_ids or ()),
-        ):
-            bad = next((i for i in ids if not 0 <= i < vocab_size), None)
-            if bad is not None:
-                raise RequestError(f"{name} holds token id {bad}, but ids are from 0 to {vocab_size - 1}.", name)
-        for name, number in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
-            if number is not None and number > self._max_logprobs:
-                raise RequestError(f"{name} is {number}, but at most {self._max_logprobs} are given.", name)
-        if params.n > self.scheduler.limits.max_requests:
-            raise RequestError(
-                f"n is {params.n}, but the engine runs at most {self.scheduler.limits.max_requests} requests.", "n"
-            )
+        capacity, most = self.capacity, self.scheduler.limits.max_requests
+        check_request(
+            prompt_token_ids,
+            params,
+            max_model_len=capacity.max_model_len,
+            vocab_size=capacity.vocab_size,
+            max_logprobs=self._max_logprobs,
+        )
+        if params.n > most:
+            raise RequestError(f"n is {params.n}, but the engine runs at most {most} requests at once.", "n")
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a request, or one choice of it, at once and without an event. Unknown ids are ignored."""
@@ -152,6 +135,7 @@ class Engine:
 
     def shutdown(self) -> None:
         """End the executor. Requests that still run are lost."""
+        self.on_shutdown()
         self._executor.shutdown()
 
 

@@ -1,0 +1,1 @@
+"""Attention backends: the interface, the torch reference, combinators."""

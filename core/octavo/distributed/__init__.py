@@ -1,0 +1,1 @@
+"""Communicators: how ranks that share each layer exchange tensors."""

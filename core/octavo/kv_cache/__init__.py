@@ -1,0 +1,1 @@
+"""KV-cache formats: how keys and values lie in blocks."""

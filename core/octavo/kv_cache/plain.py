@@ -1,0 +1,49 @@
+"""The plain KV-cache format: keys and values in the model's dtype, as they come."""
+
+import torch
+
+from octavo.kv_cache.interface import KVCache, KVSpec
+
+LAYOUT = "plain"
+
+
+class PlainFormat:
+    """A page is keys [Hk, block_size, D], then values likewise, so that a head's tokens of a block lie together."""
+
+    layout = LAYOUT
+
+    @staticmethod
+    def why_not(spec: KVSpec, options: object) -> str | None:
+        """Any floating dtype can be held."""
+        return None if spec.dtype.is_floating_point else f"the plain format holds floating dtypes, not {spec.dtype}"
+
+    def __init__(self, spec: KVSpec, options: object = None) -> None:
+        self.spec = spec
+
+    def page_bytes(self) -> int:
+        """Bytes of one block of one layer: 2 Hk block_size D elements."""
+        spec = self.spec
+        return 2 * spec.num_kv_heads * spec.block_size * spec.head_dim * spec.dtype.itemsize
+
+    def view(self, raw: torch.Tensor) -> KVCache:
+        """See raw uint8 [N, page_bytes] as k and v [N, Hk, block_size, D]."""
+        spec = self.spec
+        pages = raw.view(spec.dtype).view(raw.shape[0], 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
+        return KVCache(raw, pages[:, 0], pages[:, 1])
+
+    def write(self, kv: KVCache, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """Store k, v [T, Hk, D] at slots [T]; slot -1 lands in the null block, which may hold any bits."""
+        slots = slots.clamp(min=0)
+        blocks = torch.div(slots, self.spec.block_size, rounding_mode="floor")
+        offsets = slots - blocks * self.spec.block_size
+        kv.k[blocks, :, offsets] = k
+        kv.v[blocks, :, offsets] = v
+
+    def read(self, kv: KVCache, blocks: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first n tokens of blocks [B] as float32 (k, v), each [n, Hk, D]."""
+        return _tokens(kv.k, blocks, n), _tokens(kv.v, blocks, n)
+
+
+def _tokens(pages: torch.Tensor, blocks: torch.Tensor, n: int) -> torch.Tensor:
+    heads, head_dim = pages.shape[1], pages.shape[3]
+    return pages[blocks].transpose(1, 2).reshape(-1, heads, head_dim)[:n].float()

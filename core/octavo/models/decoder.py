@@ -1,0 +1,94 @@
+"""The decoder that Llama, Mistral and Qwen share: pre-norm attention and a gated MLP."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from octavo.models.builder import ModelBuilder
+from octavo.models.config import DecoderConfig, read_decoder_config
+from octavo.models.layers import AttentionLayer, Linear, Ops, StepContext
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One layer. x is what the last layer added, residual the sum of all before it."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    attention: AttentionLayer
+    output: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    ops: Ops
+    eps: float
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None, step: StepContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, residual) [T, H] of this layer -> those of the next."""
+        ops = self.ops
+        if residual is None:
+            residual, x = x, ops.rms_norm.rms_norm(x, self.input_norm, self.eps)
+        else:
+            x, residual = ops.add_rms_norm.add_rms_norm(x, residual, self.input_norm, self.eps)
+        x = self.output(self.attention(self.qkv(x), step))
+        x, residual = ops.add_rms_norm.add_rms_norm(x, residual, self.mlp_norm, self.eps)
+        return self.down(ops.silu_and_mul.silu_and_mul(self.gate_up(x))), residual
+
+
+class Decoder:
+    """A decoder-only model. An architecture is a subclass that says how its config.json differs."""
+
+    architecture: ClassVar[str]
+
+    @classmethod
+    def read_config(cls, config: Mapping[str, Any]) -> DecoderConfig:
+        """The model's shape. Raises CheckpointError."""
+        return read_decoder_config(config)
+
+    def __init__(self, config: DecoderConfig, build: ModelBuilder) -> None:
+        self.config = config
+        self.ops = build.ops
+        self.embed = build.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
+        self.layers = [self._build_layer(build, i) for i in range(config.num_layers)]
+        self.norm = build.norm("model.norm.weight", config.hidden_size)
+        source = "model.embed_tokens" if config.tie_embeddings else "lm_head"
+        self.lm_head = build.head(source, config.hidden_size, config.vocab_size)
+
+    def _build_layer(self, build: ModelBuilder, index: int) -> DecoderLayer:
+        c, name = self.config, f"model.layers.{index}"
+        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+        q, kv, inner = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
+        norms = None
+        if c.qk_norm:
+            norms = tuple(build.norm(f"{attention}.{x}_norm.weight", c.head_dim) for x in "qk")
+        return DecoderLayer(
+            input_norm=build.norm(f"{name}.input_layernorm.weight", c.hidden_size),
+            qkv=build.column(
+                [(f"{attention}.q_proj", q), (f"{attention}.k_proj", kv), (f"{attention}.v_proj", kv)],
+                c.hidden_size,
+                c.attention_bias,
+            ),
+            attention=build.attention(index, norms),
+            output=build.row(f"{attention}.o_proj", q, c.hidden_size, c.output_bias),
+            mlp_norm=build.norm(f"{name}.post_attention_layernorm.weight", c.hidden_size),
+            gate_up=build.column([(f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner)], c.hidden_size, c.mlp_bias),
+            down=build.row(f"{mlp}.down_proj", inner, c.hidden_size, c.mlp_bias),
+            ops=build.ops,
+            eps=c.norm_eps,
+        )
+
+    def forward(self, step: StepContext) -> torch.Tensor:
+        """Hidden states [T, H] of the step's tokens, after the last norm."""
+        x, residual = self.embed(step.batch.token_ids), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, step)
+        assert residual is not None, "a model without layers"
+        return self.ops.add_rms_norm.add_rms_norm(x, residual, self.norm, self.config.norm_eps)[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the vocabulary: hidden [S, H] -> [S, V / ranks]."""
+        return self.lm_head(hidden)

@@ -1,0 +1,1 @@
+"""Fused operators: the interface and the torch reference."""

@@ -1,0 +1,59 @@
+"""The fused operators in plain torch: the reference, and what serves where no kernel does."""
+
+import torch
+import torch.nn.functional as F
+
+from octavo.kv_cache.interface import KVCache, KVCacheFormat
+from octavo.ops.interface import OPS, OpSpec
+
+
+class TorchOps:
+    """All ops on any device and dtype. Rotary and norms round once, from float32, where the input is narrower."""
+
+    ops = frozenset(OPS)
+    features: frozenset[str] = frozenset()
+
+    @staticmethod
+    def why_not(spec: OpSpec, options: object) -> str | None:
+        """Torch serves every op that the core knows."""
+        return None if spec.op in OPS else f"torch does not offer {spec.op}"
+
+    def __init__(self, options: object = None) -> None:
+        del options
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(x + residual), x + residual)."""
+        residual = residual.add_(x)
+        return F.rms_norm(residual, weight.shape, weight, eps), residual
+
+    def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
+        """silu of the first half times the second."""
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def rotary(self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> None:
+        """Rotate x [T, heads, D] in place."""
+        cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+        first, second = x.float().chunk(2, dim=-1)
+        x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+
+    def rotary_and_write(
+        self,
+        qk: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        num_heads: int,
+        cache_format: KVCacheFormat,
+        kv: KVCache,
+        slots: torch.Tensor,
+    ) -> None:
+        """Rotary in place, then the write."""
+        self.rotary(qk, positions, cos_sin)
+        cache_format.write(kv, qk[:, num_heads:], v, slots)

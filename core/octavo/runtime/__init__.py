@@ -1,0 +1,1 @@
+"""The runtime: the runner, its buffers, the sampler and the executors."""

@@ -1,0 +1,194 @@
+"""Which provider serves what: every selection that a model on a device calls for, before any weight is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from octavo.attention.interface import AttentionSpec
+from octavo.config import EngineConfig
+from octavo.engine.block_manager import KVGroup
+from octavo.errors import CheckpointError, ConfigError
+from octavo.kv_cache.interface import KVCacheFormat, KVSpec
+from octavo.models.config import DecoderConfig
+from octavo.models.decoder import Decoder
+from octavo.ops.interface import OPS, OpSpec
+from octavo.plugins.registry import LoadedProvider, Plugins
+from octavo.plugins.selection import Selection, choose
+from octavo.runtime.device import DeviceInfo
+from octavo.weights.interface import Matmul, MatmulSpec, WeightFormat
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+DEFAULT_MAX_REQUESTS = 256
+DEFAULT_MAX_TOKENS = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a step and a request may hold."""
+
+    max_requests: int
+    max_tokens: int
+    max_model_len: int
+
+
+@dataclass(slots=True)
+class Assembly:
+    """A model's class and shape, its limits, and the providers selected for it. `layer_groups[i]` is layer i's KV group."""
+
+    plugins: Plugins
+    config: EngineConfig
+    device: DeviceInfo
+    model_class: type[Decoder]
+    model: DecoderConfig
+    dtype: torch.dtype
+    limits: Limits
+    weight_format: WeightFormat
+    cache_format: KVCacheFormat
+    groups: tuple[KVGroup, ...]
+    layer_groups: tuple[int, ...]
+    selections: list[Selection] = field(default_factory=list)
+    attention: list[tuple[Selection, AttentionSpec]] = field(default_factory=list)
+    ops: dict[str, Selection] = field(default_factory=dict)
+    _matmuls: dict[tuple[type, int, int], Matmul] = field(default_factory=dict)
+
+    def matmul(self, weight: type, in_features: int, out_features: int) -> Matmul:
+        """The matmul for weights of this type and shape, selected at the first call. Raises PluginError."""
+        key = (weight, in_features, out_features)
+        if key not in self._matmuls:
+            spec = MatmulSpec(
+                weight=weight,
+                in_features=in_features,
+                out_features=out_features,
+                dtype=self.dtype,
+                device=self.device,
+            )
+            selection = self._choose("matmul", spec, self.config.linear_backend)
+            self._matmuls[key] = selection.cls(selection.options)
+        return self._matmuls[key]
+
+    def _choose(self, kind: str, spec: Any, requested: tuple[str, ...], **reasons: Any) -> Selection:
+        selection = choose(self.plugins, kind, spec, requested, strict=self.config.strict_backends, **reasons)
+        self.selections.append(selection)
+        return selection
+
+
+def assemble(config: EngineConfig, plugins: Plugins, checkpoint: Mapping[str, Any], device: DeviceInfo) -> Assembly:
+    """Select everything for the checkpoint with this config.json. Raises PluginError, ConfigError, CheckpointError."""
+    model_class = _model_class(plugins, checkpoint)
+    model = model_class.read_config(checkpoint)
+    dtype = _dtype(config, checkpoint, device)
+    kv_spec = KVSpec(model.num_kv_heads, model.head_dim, config.block_size, dtype)
+    named = () if config.kv_cache_dtype == "auto" else (config.kv_cache_dtype,)
+    weights = choose(
+        plugins, "weights", checkpoint, (config.quantization,) if config.quantization else (), build_reason=_claims(checkpoint)
+    )
+    kv = choose(plugins, "kv_cache", kv_spec, named)
+    windows = list(dict.fromkeys(model.windows))
+    assembly = Assembly(
+        plugins,
+        config,
+        device,
+        model_class,
+        model,
+        dtype,
+        _limits(config, model, device),
+        weights.cls.claim(checkpoint),
+        kv.cls(kv_spec, kv.options),
+        tuple(KVGroup(window) for window in windows),
+        tuple(windows.index(window) for window in model.windows),
+        [weights, kv],
+    )
+    _choose_attention(assembly)
+    for op in OPS:
+        assembly.ops[op] = assembly._choose("ops", OpSpec(op, dtype, device), config.ops_backend)
+    return assembly
+
+
+def _model_class(plugins: Plugins, checkpoint: Mapping[str, Any]) -> type[Decoder]:
+    names = checkpoint.get("architectures") or []
+    for name in names:
+        for provider in plugins.providers("model"):
+            if provider.name == name:
+                return provider.load()  # type: ignore[return-value]
+    offered = ", ".join(provider.name for provider in plugins.providers("model"))
+    raise CheckpointError(
+        f"The checkpoint's architecture is {', '.join(names) or 'not named in config.json'}, which no plugin offers. "
+        f"Offered are: {offered}."
+    )
+
+
+def _claims(checkpoint: Mapping[str, Any]) -> Any:
+    def reason(provider: LoadedProvider, cls: Any, options: Any) -> str | None:
+        return None if cls.claim(checkpoint) is not None else "the checkpoint's config.json is not of this format"
+
+    return reason
+
+
+def _dtype(config: EngineConfig, checkpoint: Mapping[str, Any], device: DeviceInfo) -> torch.dtype:
+    name = config.dtype
+    if name == "auto":
+        name = str(checkpoint.get("dtype") or checkpoint.get("torch_dtype") or "float32").removeprefix("torch.")
+        if name == "float32":
+            name = "bfloat16"  # checkpoints in float32 were trained to be run in 16 bits
+        if name == "float16" and device.type == "cpu":
+            name = "bfloat16"  # CPUs have products in bfloat16, not in float16
+    if name not in DTYPES:
+        raise ConfigError(f"dtype is {name!r}, but must be one of auto, {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _limits(config: EngineConfig, model: DecoderConfig, device: DeviceInfo) -> Limits:
+    longest = config.max_model_len or model.max_position
+    if longest > model.max_position:
+        raise ConfigError(
+            f"max_model_len is {longest}, but the model's positions end at {model.max_position}. Ask for no more than that."
+        )
+    max_requests = config.max_num_seqs or DEFAULT_MAX_REQUESTS
+    max_tokens = config.max_num_batched_tokens or max(DEFAULT_MAX_TOKENS[device.type], max_requests)
+    if not config.enable_chunked_prefill:
+        if config.max_num_batched_tokens and max_tokens < longest:
+            raise ConfigError(
+                f"max_num_batched_tokens is {max_tokens}, but without chunked prefill a step must hold a whole prompt of "
+                f"max_model_len ({longest}) tokens. Raise the one, lower the other, or allow chunked prefill."
+            )
+        max_tokens = max(max_tokens, longest)
+    return Limits(max_requests, max_tokens, longest)
+
+
+def _choose_attention(assembly: Assembly) -> None:
+    """An attention backend for each KV group."""
+    model, limits, config = assembly.model, assembly.limits, assembly.config
+    spec = AttentionSpec(
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        scale=model.head_dim**-0.5,
+        dtype=assembly.dtype,
+        kv_layout=assembly.cache_format.layout,
+        block_size=config.block_size,
+        max_requests=limits.max_requests,
+        max_tokens=limits.max_tokens,
+        max_model_len=limits.max_model_len,
+        device=assembly.device,
+        cache_format=assembly.cache_format,
+    )
+    for group, kv_group in enumerate(assembly.groups):
+        features = {} if kv_group.window is None else {"window": kv_group.window}
+        own = replace(spec, group=group, features=features)
+        selection = assembly._choose("attention", own, config.attention_backend, build_reason=_reads_layout(own))
+        assembly.attention.append((selection, own))
+
+
+def _reads_layout(spec: AttentionSpec) -> Any:
+    def reason(provider: LoadedProvider, cls: Any, options: Any) -> str | None:
+        if cls.kv_layouts is None or spec.kv_layout in cls.kv_layouts:
+            return None
+        return f"it reads the KV layouts {', '.join(sorted(cls.kv_layouts))}, not {spec.kv_layout}"
+
+    return reason

@@ -1,0 +1,79 @@
+"""What the runner knows of each row: its known tokens, block tables, sampling and penalty counts."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from octavo.engine.step import ForkRow, NewRow
+from octavo.sampling_params import SamplingParams, choice_seed
+
+
+@dataclass(slots=True)
+class PenaltyCounts:
+    """How often each token was generated [V] int32, and which are in the prompt [V] bool."""
+
+    generated: torch.Tensor
+    prompt: torch.Tensor
+
+    def copy(self) -> "PenaltyCounts":
+        """Counts of a fork."""
+        return PenaltyCounts(self.generated.clone(), self.prompt)
+
+
+@dataclass(slots=True)
+class Row:
+    """A request in its row. Positions at or past len(token_ids) hold tokens that the device sampled."""
+
+    generation: int
+    token_ids: npt.NDArray[np.int32]
+    num_prompt: int
+    params: SamplingParams
+    request_seed: int
+    seed: int
+    counts: PenaltyCounts | None = None
+    masked: list[int] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, new: NewRow, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device) -> "Row":
+        """The row of a new or resumed request."""
+        params = new.params
+        row = cls(
+            new.generation,
+            np.array(new.token_ids, dtype=np.int32),
+            new.num_prompt_tokens,
+            params,
+            new.seed,
+            choice_seed(new.seed, new.choice),
+        )
+        if params.min_tokens:
+            row.masked = sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)})
+        if needs_counts(params):
+            row.counts = _count(row, vocab_size, device)
+        return row
+
+    def fork(self, fork: ForkRow) -> "Row":
+        """Another choice that goes on from here."""
+        counts = self.counts.copy() if self.counts is not None else None
+        seed = choice_seed(self.request_seed, fork.choice)
+        return Row(
+            fork.generation, self.token_ids, self.num_prompt, self.params, self.request_seed, seed, counts, self.masked
+        )
+
+    def num_generated(self, position: int) -> int:
+        """Tokens generated before `position`."""
+        return position - self.num_prompt
+
+
+def needs_counts(params: SamplingParams) -> bool:
+    """Whether any penalty is on."""
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+
+
+def _count(row: Row, vocab_size: int, device: torch.device) -> PenaltyCounts:
+    tokens = torch.from_numpy(row.token_ids).long().to(device)
+    generated = torch.bincount(tokens[row.num_prompt :], minlength=vocab_size).int()
+    prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    prompt[tokens[: row.num_prompt]] = True
+    return PenaltyCounts(generated, prompt)

@@ -1,0 +1,1 @@
+"""Weight formats and matmuls: interfaces, canonical weights, the one loader, references."""

@@ -1,0 +1,131 @@
+"""Weight formats say how a checkpoint stores a layer; matmuls say how a kernel computes with it.
+
+Between them stand the canonical weights, so that formats and kernels do not multiply.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import torch
+
+from octavo.runtime.device import DeviceInfo
+
+FORMAT_API = 1
+MATMUL_API = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """A linear layer of the checkpoint, by its module name: y [.., out] = x [.., in] W^T + b."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParamSpec:
+    """A stored tensor of a layer: `suffix` follows the module name.
+
+    `input_axis` / `output_axis` are the axes that follow the input / output features (None: the tensor does not), with
+    `per_input` / `per_output` features in each stored element. `optional` tensors may be absent.
+    """
+
+    suffix: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    input_axis: int | None = None
+    output_axis: int | None = None
+    per_input: int = 1
+    per_output: int = 1
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Canonical weight: `weight` [out, in] in a floating dtype."""
+
+    weight: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out features, in features)."""
+        return (self.weight.shape[0], self.weight.shape[1])
+
+
+class Weight(Protocol):
+    """A canonical weight, or a type that a format brings together with its own matmul."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out features, in features)."""
+
+
+class WeightFormat(Protocol):
+    """A checkpoint format (`--quantization`)."""
+
+    @classmethod
+    def claim(cls, config: Mapping[str, Any]) -> Self | None:
+        """The format for a checkpoint with this config.json, or None if it is another format's."""
+
+    def skips(self, module: str) -> bool:
+        """Whether the checkpoint leaves this module unquantized."""
+
+    def params(self, shape: LinearShape) -> list[ParamSpec]:
+        """The tensors that the checkpoint holds for the layer, its bias aside."""
+
+    def weight(self, params: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Weight:
+        """The canonical weight of the (sharded) tensors, by suffix; dense ones in `dtype`."""
+
+    def dequantize(self, params: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The dense weight [out, in] in float32: oracle, and fallback anywhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationSpec:
+    """How a matmul wants its input: `scheme` "dense", or a quantization that the op before it may fuse."""
+
+    scheme: str = "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """A matmul's input: values [T, in], with scales where the scheme has them."""
+
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatmulSpec:
+    """What a matmul is asked to serve. `features` maps each feature in use to its value; absent means off."""
+
+    weight: type
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    device: DeviceInfo
+    features: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Matmul(Protocol):
+    """A kernel for a canonical weight (`--linear-backend`). Built as `Matmul(options)`."""
+
+    handles: type
+    layout: str
+    input: ActivationSpec
+    features: frozenset[str]
+
+    @staticmethod
+    def why_not(spec: MatmulSpec, options: object) -> str | None:
+        """One sentence when the matmul cannot serve, else None."""
+
+    def pack(self, weight: Any) -> Any:
+        """The weight in the kernel's own layout; the caller drops the original."""
+
+    def apply(
+        self, x: Activation, packed: Any, bias: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [T, in] -> [T, out], into `out` where given."""

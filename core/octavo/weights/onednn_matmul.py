@@ -1,0 +1,52 @@
+"""A CPU matmul on oneDNN with weights reordered once, for AVX512-BF16 and AMX.
+
+Torch's own linear hands oneDNN a plain weight, which it reorders on every call: with few tokens that costs as much as the
+product. A weight in oneDNN's blocked layout is read once.
+"""
+
+import torch
+
+from octavo.weights.interface import Activation, ActivationSpec, Dense, MatmulSpec
+
+_TYPICAL_TOKENS = 1  # the layout is chosen for decoding, and measured no worse for prefill
+
+
+def _supported() -> bool:
+    mkldnn = torch.ops.mkldnn
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+    )
+
+
+class OneDNNMatmul:
+    """Dense bfloat16 weights on a CPU."""
+
+    handles = Dense
+    layout = "onednn"
+    input = ActivationSpec()
+    features: frozenset[str] = frozenset()
+
+    @staticmethod
+    def why_not(spec: MatmulSpec, options: object) -> str | None:
+        """Serves dense bfloat16 weights on CPUs whose oneDNN has bfloat16 products."""
+        if spec.device.type != "cpu":
+            return f"onednn runs on a CPU, not on {spec.device.type}"
+        if spec.weight is not Dense or spec.dtype is not torch.bfloat16:
+            return f"onednn multiplies dense bfloat16 weights, not {spec.weight.__name__} in {spec.dtype}"
+        if not _supported() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "this torch or CPU lacks oneDNN's bfloat16 products (AVX512-BF16 or AMX)"
+        return None
+
+    def __init__(self, options: object = None) -> None:
+        del options
+
+    def pack(self, weight: Dense) -> torch.Tensor:
+        """The weight in oneDNN's blocked layout."""
+        return torch.ops.mkldnn._reorder_linear_weight(weight.weight.contiguous(), _TYPICAL_TOKENS)
+
+    def apply(
+        self, x: Activation, packed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x W^T + b."""
+        result = torch.ops.mkldnn._linear_pointwise(x.values, packed, bias, "none", [], "")
+        return result if out is None else out.copy_(result)

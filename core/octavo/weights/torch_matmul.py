@@ -1,0 +1,34 @@
+"""The reference matmul: torch's own linear, on any device."""
+
+import torch
+import torch.nn.functional as F
+
+from octavo.weights.interface import Activation, ActivationSpec, Dense, MatmulSpec
+
+
+class TorchMatmul:
+    """Dense weights as they are."""
+
+    handles = Dense
+    layout = "dense"
+    input = ActivationSpec()
+    features: frozenset[str] = frozenset()
+
+    @staticmethod
+    def why_not(spec: MatmulSpec, options: object) -> str | None:
+        """Serves every dense weight."""
+        return None if spec.weight is Dense else f"torch multiplies dense weights, not {spec.weight.__name__}"
+
+    def __init__(self, options: object = None) -> None:
+        del options
+
+    def pack(self, weight: Dense) -> torch.Tensor:
+        """The tensor itself."""
+        return weight.weight
+
+    def apply(
+        self, x: Activation, packed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x W^T + b."""
+        result = F.linear(x.values, packed, bias)
+        return result if out is None else out.copy_(result)

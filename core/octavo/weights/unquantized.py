@@ -1,0 +1,33 @@
+"""The unquantized weight format: one dense tensor a layer."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+
+from octavo.weights.interface import Dense, LinearShape, ParamSpec
+
+
+class Unquantized:
+    """`weight` [out, in] in any floating dtype."""
+
+    @classmethod
+    def claim(cls, config: Mapping[str, Any]) -> Self | None:
+        """Claims checkpoints whose config names no quantization."""
+        return None if config.get("quantization_config") else cls()
+
+    def skips(self, module: str) -> bool:
+        """Nothing is quantized, so nothing is skipped."""
+        return False
+
+    def params(self, shape: LinearShape) -> list[ParamSpec]:
+        """The weight alone."""
+        return [ParamSpec(suffix="weight", shape=(shape.out_features, shape.in_features), output_axis=0, input_axis=1)]
+
+    def weight(self, params: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Dense:
+        """The tensor in `dtype`."""
+        return Dense(params["weight"].to(dtype))
+
+    def dequantize(self, params: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The tensor in float32."""
+        return params["weight"].float()

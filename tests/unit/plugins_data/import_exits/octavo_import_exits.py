@@ -1,0 +1,5 @@
+"""A plugin whose import ends the process."""
+
+import sys
+
+sys.exit("go away")
