@@ -225,9 +225,9 @@ class AsyncEngine:
         assert self.dead is not None
         return self.dead
 
-    async def shutdown(self) -> None:
-        """End the engine process, and with an error what still runs. May be called again."""
-        self._end(EngineDeadError("The engine was shut down."))
+    async def shutdown(self, reason: str = "The engine was shut down.") -> None:
+        """End the engine process, and what still runs with an EngineDeadError of this reason. May be called again."""
+        self._end(EngineDeadError(reason))
         if self._link is not None and self._reading is not None:
             self._send(Stop())
             await asyncio.wait({self._reading}, timeout=_STOP_SECONDS)
@@ -256,6 +256,8 @@ class AsyncEngine:
             self._send(Abort(key))
 
     def _check_text(self, text: str) -> None:
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            raise RequestError("The text holds half a surrogate pair, which is no Unicode text.", "prompt")
         width = self.tokenizer.max_chars_per_token
         if width is not None and len(text) > (limit := width * self.info.max_model_len):
             raise RequestError(
@@ -332,7 +334,7 @@ class AsyncEngine:
             return
         self.dead = reason
         self.ready = False
-        self._tell(str(reason))
+        self.phase = str(reason)
         for stream in self._streams.values():
             stream.fail(reason)
         for answer in self._calls.values():

@@ -42,8 +42,8 @@ def start_engine(
         max_logprobs=config.max_logprobs,
         seed=config.seed,
     )
-    plugins.hook.octavo_engine_started(engine=engine)
-    engine.on_shutdown = lambda: plugins.hook.octavo_engine_stopped(engine=engine)
+    plugins.engine_started(engine)
+    engine.on_shutdown = lambda: plugins.engine_stopped(engine)
     return engine, _info(capacity, chosen)
 
 

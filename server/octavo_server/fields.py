@@ -10,6 +10,7 @@ WITHOUT_EFFECT = frozenset({"user", "metadata", "store", "service_tier", "safety
 """Accepted whatever they hold: they say something about the caller, not about the answer."""
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
     "audio": (),
     "bad_words": ([],),
     "best_of": (1,),
@@ -30,7 +31,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_embeds": (),
+    "reasoning": ("",),
+    "reasoning_content": ("",),
     "reasoning_effort": ("none",),
+    "refusal": ("",),
     "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
@@ -44,7 +48,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": ({},),
     "web_search_options": (),
 }
-"""Fields of OpenAI and vLLM that are not supported, with the values beside null that ask for nothing."""
+"""Fields of requests and messages of OpenAI and vLLM that are not supported, and the values that ask for nothing.
+
+Null always asks for nothing.
+"""
 
 
 def known_fields(body: dict[str, Any], declared: Collection[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import signal
 import socket
 import sys
@@ -14,12 +15,14 @@ import uvicorn
 from octavo.async_engine import AsyncEngine
 from octavo.config import EngineConfig
 from octavo.config_args import add_arguments, add_engine_arguments, engine_config, resolve
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, OctavoError
 
 from octavo_server.app import create_app
 from octavo_server.settings import ServerSettings
 
 _BACKLOG = 2048
+_ANSWER_SECONDS = 5.0
+"""What answers may take to be sent once the engine has ended."""
 
 
 class ServeCommand:
@@ -33,14 +36,41 @@ class ServeCommand:
         add_arguments(parser.add_argument_group("server"), ServerSettings)
 
     def run(self, args: argparse.Namespace) -> int:
-        """Serve until SIGTERM or SIGINT. Raises what the engine's start raised; 1 when the engine died later."""
+        """Serve until SIGTERM or SIGINT. Raises ConfigError for a bad flag, and what `serve` raises."""
         config = engine_config(args, [ServerSettings])
         settings = resolve(ServerSettings, args, [EngineConfig])
-        return asyncio.run(serve(config, settings))
+        return asyncio.run(serve(AsyncEngine(config, progress=_say), settings))
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, ended by SIGTERM and SIGINT as usual, but with an exit status rather than by the signal itself."""
+    """uvicorn, ended by SIGTERM and SIGINT as usual, but with an exit status rather than by the signal itself.
+
+    Requests that still run `--shutdown-timeout` seconds after the signal end with an error.
+    """
+
+    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+        level = settings.uvicorn_log_level
+        config = uvicorn.Config(
+            create_app(engine, settings.served_model_name, created=int(time.time())),
+            lifespan="off",
+            log_level=level,
+            access_log=level in ("info", "debug", "trace"),
+            timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout + _ANSWER_SECONDS),
+            server_header=False,
+        )
+        super().__init__(config)
+        self._engine = engine
+        self._patience = settings.shutdown_timeout
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections, and wait for the requests that run."""
+        end = asyncio.create_task(self._end_requests())
+        await super().shutdown(sockets)
+        end.cancel()
+
+    async def _end_requests(self) -> None:
+        await asyncio.sleep(self._patience)
+        await self._engine.shutdown("The server is shutting down.")
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -55,42 +85,33 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-async def serve(config: EngineConfig, settings: ServerSettings) -> int:
-    """Run engine and API until a signal or the engine's end; returns the exit status."""
-    begin = time.monotonic()
+async def serve(engine: AsyncEngine, settings: ServerSettings) -> int:
+    """Open the port, start the engine, and serve until a signal. Raises why the engine did not start, or ended before."""
     with _listen(settings.host, settings.port) as listener:
-        engine = AsyncEngine(config, progress=_say)
-        server = _Server(
-            uvicorn.Config(
-                create_app(engine, settings.served_model_name, created=int(time.time())),
-                lifespan="off",
-                log_level=settings.uvicorn_log_level,
-                access_log=settings.uvicorn_log_level in ("info", "debug", "trace"),
-                timeout_graceful_shutdown=int(settings.shutdown_timeout),
-                server_header=False,
-            )
-        )
-        watch = asyncio.create_task(_watch(engine, server, listener.getsockname(), begin))
+        server = _Server(engine, settings)
+        watch = asyncio.create_task(_watch(engine, server, listener.getsockname()))
         try:
             await server.serve(sockets=[listener])
         finally:
-            died = engine.dead is not None
             await engine.shutdown()
-            watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
-    if not watch.cancelled() and (error := watch.exception()) is not None:
+        error = await watch
+    if error is not None:
         raise error
-    return 1 if died else 0
+    return 0
 
 
-async def _watch(engine: AsyncEngine, server: uvicorn.Server, address: tuple[str, int], begin: float) -> None:
-    """Start the engine, say so, and end the server when the engine ends."""
+async def _watch(engine: AsyncEngine, server: _Server, address: tuple[str, int]) -> OctavoError | None:
+    """Start the engine, say so, and end the server when the engine ends; returns why, unless the server ended it."""
+    begin = time.monotonic()
     try:
         await engine.launch()
         _say(_welcome(engine, address, time.monotonic() - begin))
-        await engine.wait_dead()
+        error = await engine.wait_dead()
+    except OctavoError as failure:
+        error = failure
     finally:
-        server.should_exit = True
+        asked, server.should_exit = server.should_exit, True
+    return None if asked else error
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -108,7 +129,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _welcome(engine: AsyncEngine, address: tuple[str, int], seconds: float) -> str:
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     url = f"http://{host}:{address[1]}"
-    body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+    body = {"messages": [{"role": "user", "content": "Name the capital of France."}], "temperature": 0}
     info = engine.info
     return (
         f"{info.model} ({info.dtype}, {info.device}), context {info.max_model_len} tokens, "

@@ -70,12 +70,12 @@ def test_files_of_other_names(directory: Path) -> None:
 
 
 def test_tensors_are_mapped(directory: Path) -> None:
-    """Mapped memory is not resident before it is looked at: a file with a hole of 1 GB costs nothing to open."""
+    """Each reader has a private mapping of the file."""
     save_file({"big": torch.zeros(1 << 20)}, directory / "model.safetensors")
     first, second = (SafetensorsReader(directory).read("big") for _ in range(2))
     maps = Path("/proc/self/maps").read_text()
     assert maps.count(str(directory / "model.safetensors")) >= 2
-    first[0] = 1.0  # private: neither the file nor another reader sees it
+    first[0] = 1.0
     assert second[0] == 0.0
 
 
@@ -217,7 +217,7 @@ def test_dummy_weights_have_the_declared_shapes(directory: Path) -> None:
         assert (tuple(reader.read(name).shape), reader.read(name).dtype) == (info.shape, info.dtype)
     assert torch.equal(reader.read("x.input_layernorm.weight"), torch.ones(8).half())
     assert reader.read("x.weight").float().std().item() == pytest.approx(0.02, rel=0.05)
-    assert reader.read("x.qweight").unique().numel() > 4000
+    assert len(set(reader.read("x.qweight").flatten().tolist())) > 4000
     assert (reader.config, reader.generation_config) == ({"model_type": "llama"}, {"temperature": 0.6})
 
 

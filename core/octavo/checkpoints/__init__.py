@@ -28,9 +28,10 @@ def load_tokenizer(config: EngineConfig) -> tuple[Path, Tokenizer, dict[str, Any
 
     Raises CheckpointError.
     """
-    plugins = load_plugins(config.plugins, config.disable_plugin)
+    plugins = load_plugins(config.plugins, config.disable_plugin, warn=False)  # the engine warns
     path = _resolve(config, plugins)
-    reader = open_checkpoint(path, _readers(plugins))
+    dummy = config.load_format == "dummy"
+    reader = DummyReader(path) if dummy else open_checkpoint(path, _readers(plugins))
     try:
         files = Path(config.tokenizer).expanduser() if config.tokenizer else reader.tokenizer_files()
         return path, Tokenizer.from_files(files), dict(reader.generation_config)

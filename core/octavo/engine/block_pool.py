@@ -43,7 +43,7 @@ class BlockPool:
 
     def take(self) -> int:
         """A free block with one reference, its hash forgotten. The caller has made sure that there is one."""
-        block = self._next[NULL_BLOCK]
+        block: int = self._next[NULL_BLOCK]
         assert block != NULL_BLOCK, "take() from an empty pool"
         self._unlink(block)
         self.withdraw(block)

@@ -64,7 +64,8 @@ class Decoder:
         q, kv, inner = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
         norms = None
         if c.qk_norm:
-            norms = tuple(build.norm(f"{attention}.{x}_norm.weight", c.head_dim) for x in "qk")
+            q_norm, k_norm = (build.norm(f"{attention}.{x}_norm.weight", c.head_dim) for x in "qk")
+            norms = (q_norm, k_norm)
         return DecoderLayer(
             input_norm=build.norm(f"{name}.input_layernorm.weight", c.hidden_size),
             qkv=build.column(

@@ -146,7 +146,7 @@ def _build_model(
     total = sum(info.dtype.itemsize * torch.Size(info.shape).numel() for info in reader.tensors().values())
     hidden = not assembly.config.progress or not total
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", leave=False, disable=hidden) as bar:
-        loader = WeightLoader(reader, assembly.dtype, device, communicator.rank, communicator.size, bar.update)
+        loader = WeightLoader(reader, assembly.dtype, device, communicator.rank, communicator.size, lambda n: bar.update(n))
         build = ModelBuilder(loader, assembly.weight_format, ops, communicator, assembly.matmul, attention_layer)
         return assembly.model_class(model, build)
 

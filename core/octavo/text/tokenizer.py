@@ -59,7 +59,7 @@ class Tokenizer:
         """Token ids of `text`; special tokens that it spells out are recognised. Raises RequestError."""
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
+        except (TypeError, UnicodeEncodeError) as error:
             raise RequestError("The text holds half a surrogate pair, which is no Unicode text.", "prompt") from error
         if add_special_tokens and self._prepend_bos and self.bos_token_id is not None:
             return [self.bos_token_id, *ids]

@@ -20,7 +20,7 @@ class WeightLoader:
         device: torch.device,
         rank: int = 0,
         size: int = 1,
-        progress: Callable[[int], None] = lambda num_bytes: None,
+        progress: Callable[[int], object] = lambda num_bytes: None,
     ) -> None:
         self.reader = reader
         self.dtype = dtype

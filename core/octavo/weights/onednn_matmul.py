@@ -13,7 +13,8 @@ _TYPICAL_TOKENS = 1  # the layout is chosen for decoding, and measured no worse 
 
 def _supported() -> bool:
     mkldnn = torch.ops.mkldnn
-    return torch.backends.mkldnn.is_available() and all(
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and all(
         hasattr(mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
     )
 
@@ -42,11 +43,12 @@ class OneDNNMatmul:
 
     def pack(self, weight: Dense) -> torch.Tensor:
         """The weight in oneDNN's blocked layout."""
-        return torch.ops.mkldnn._reorder_linear_weight(weight.weight.contiguous(), _TYPICAL_TOKENS)
+        packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.weight.contiguous(), _TYPICAL_TOKENS)
+        return packed
 
     def apply(
         self, x: Activation, packed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x W^T + b."""
-        result = torch.ops.mkldnn._linear_pointwise(x.values, packed, bias, "none", [], "")
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.values, packed, bias, "none", [], "")
         return result if out is None else out.copy_(result)

@@ -23,12 +23,13 @@ class Metadata:
     def __init__(self, values: Mapping[str, Any], path: Path) -> None:
         self.values = values
         self.path = path
-        self.prefix = values.get("general.architecture")
-        if not isinstance(self.prefix, str) or self.prefix not in ARCHITECTURES:
+        prefix = values.get("general.architecture")
+        if not isinstance(prefix, str) or prefix not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise CheckpointError(
-                f"{path} holds a model of the architecture {self.prefix!r}, which is not read; known ones: {known}."
+                f"{path} holds a model of the architecture {prefix!r}, which is not read; known ones: {known}."
             )
+        self.prefix = prefix
 
     def fail(self, key: str, problem: str) -> NoReturn:
         raise CheckpointError(f"{self.path}: the metadata key {key!r} {problem}. Convert the model anew.")

@@ -117,7 +117,7 @@ def _spm_metadata() -> Metadata:
 
 
 def _merge_best_first(text: str) -> list[str]:
-    """SentencePiece's rule, plainly: join the neighbours whose union scores best, the first of equals, while any does."""
+    """SentencePiece's rule, plainly: join the neighbours whose union scores best, while any has a score."""
     pieces = list(text)
     score = dict(zip(PIECES, SCORES, strict=True))
     while True:

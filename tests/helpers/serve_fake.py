@@ -1,0 +1,32 @@
+"""A server over an engine without a model: `python serve_fake.py TOKENIZER_DIRECTORY FACTORY [SHUTDOWN_TIMEOUT]`."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from octavo.async_engine import AsyncEngine
+from octavo.config import EngineConfig
+from octavo.errors import OctavoError
+from octavo.text.tokenizer import Tokenizer
+from octavo_server.serve import serve
+from octavo_server.settings import ServerSettings
+
+
+def main() -> int:
+    directory, factory, *timeout = sys.argv[1:]
+    engine = AsyncEngine(
+        EngineConfig(),
+        factory=f"fake_engine:{factory}",
+        tokenizer=Tokenizer.from_files(Path(directory)),
+        progress=lambda phase: print(phase, file=sys.stderr, flush=True),
+    )
+    settings = ServerSettings(port=0, shutdown_timeout=float(timeout[0]) if timeout else 30.0)
+    try:
+        return asyncio.run(serve(engine, settings))
+    except OctavoError as error:
+        print(f"octavo: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
