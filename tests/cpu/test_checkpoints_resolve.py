@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from octavo.checkpoints.interface import CheckpointReader, TensorInfo
-from octavo.checkpoints.resolve import open_checkpoint, resolve_model
+from octavo.checkpoints.opening import open_checkpoint
+from octavo.checkpoints.resolve import resolve_model
 from octavo.errors import CheckpointError
 
 

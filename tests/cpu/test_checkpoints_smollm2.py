@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from octavo.checkpoints.resolve import open_checkpoint, resolve_model
+from octavo.checkpoints.opening import open_checkpoint
+from octavo.checkpoints.resolve import resolve_model
 from octavo.checkpoints.safetensors_reader import SafetensorsReader
 from octavo.sampling_params import SamplingParams
 from octavo.text.detokenizer import Detokenizer

@@ -9,7 +9,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from octavo.plugins.hookspecs import KINDS, HookSpecs
+from octavo.plugins.hookspecs import HookSpecs
+from octavo.plugins.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")

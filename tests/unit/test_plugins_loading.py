@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from octavo.errors import ConfigError, PluginError
-from octavo.plugins.hookspecs import KINDS
+from octavo.plugins.kinds import KINDS
 from octavo.plugins.loading import PluginFailure, Plugins, load_plugins
 
 DATA = Path(__file__).parent / "plugins_data"

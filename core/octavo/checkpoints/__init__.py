@@ -6,7 +6,8 @@ from typing import Any
 from octavo.checkpoints.default_model import NAME
 from octavo.checkpoints.dummy import DummyReader
 from octavo.checkpoints.interface import CheckpointReader
-from octavo.checkpoints.resolve import open_checkpoint, resolve_model
+from octavo.checkpoints.opening import open_checkpoint
+from octavo.checkpoints.resolve import resolve_model
 from octavo.config import EngineConfig
 from octavo.plugins.loading import load_plugins
 from octavo.plugins.registry import Plugins

@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from octavo.checkpoints.interface import CheckpointReader
+from octavo.checkpoints.opening import open_checkpoint
 from octavo.errors import CheckpointError
 
 Readers = Callable[[], Sequence[type[CheckpointReader]]]
@@ -89,7 +90,7 @@ def _make(target: Path, readers: Readers, progress: bool) -> None:
         gguf = _find(target.parent, work) or _fetch(work, progress)
         _check(gguf)
         converted = work / "converted"
-        reader = _open(gguf, readers)
+        reader = open_checkpoint(gguf, readers())
         try:
             write_hf_directory(reader, converted, progress)
         finally:
@@ -191,12 +192,6 @@ def _check(gguf: Path) -> None:
             f"{gguf} is not the published file: it has {size} bytes and the sha256 {digest.hexdigest()}, but "
             f"{GGUF_BYTES} bytes with the sha256 {GGUF_SHA256} were expected. Delete it and try again."
         )
-
-
-def _open(path: Path, readers: Readers) -> CheckpointReader:
-    from octavo.checkpoints.resolve import open_checkpoint
-
-    return open_checkpoint(path, readers())
 
 
 def write_hf_directory(reader: CheckpointReader, target: Path, progress: bool = True) -> None:

@@ -1,11 +1,9 @@
-"""From what the user calls a model to a path, and from a path to its reader."""
+"""From what the user calls a model to a path."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from octavo.checkpoints.default_model import Readers, cache_root, ensure_default_model
-from octavo.checkpoints.interface import CheckpointReader
 from octavo.errors import CheckpointError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -72,25 +70,3 @@ def _not_fetched(model: str, revision: str | None, error: Exception) -> str:
         f"{model!r} is no file or directory here, and could not be fetched from the Hugging Face hub{at}: {reason}. "
         "Check the name and the network, or give the path of a directory with the model."
     )
-
-
-def open_checkpoint(path: Path, readers: Sequence[type[CheckpointReader]]) -> CheckpointReader:
-    """Open `path` with the one reader that claims it. Raises CheckpointError when none or several do."""
-    if not path.exists():
-        raise CheckpointError(f"There is no checkpoint at {path}.")
-    claiming = [reader for reader in readers if reader.claims(path)]
-    if not claiming:
-        raise CheckpointError(_unclaimed(path, readers))
-    if len(claiming) > 1:
-        names = ", ".join(reader.__name__ for reader in claiming)
-        raise CheckpointError(f"{path} is claimed by several checkpoint readers ({names}): disable all but one.")
-    return claiming[0](path)
-
-
-def _unclaimed(path: Path, readers: Sequence[type[CheckpointReader]]) -> str:
-    names = ", ".join(reader.__name__ for reader in readers) or "none"
-    hint = "Give a directory with config.json and .safetensors files, or a file of a kind that a plugin reads"
-    inside = sorted(child.name for child in path.glob("*.gguf")) if path.is_dir() else []
-    if inside:
-        hint = f"Name the file inside it, such as {path / inside[0]}"
-    return f"{path} is not a checkpoint that any reader knows (readers: {names}). {hint}."

@@ -96,7 +96,8 @@ def rope_table(rope: RopeConfig, head_dim: int, length: int, dtype: torch.dtype,
 def _scale(frequencies: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
     kind = scaling["rope_type"]
     if kind == "linear":
-        return frequencies / scaling["factor"]
+        factor: float = scaling["factor"]
+        return frequencies / factor
     if kind == "llama3":
         return _scale_llama3(frequencies, scaling)
     return frequencies

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.config_args import add_engine_arguments, engine_config
 from octavo.errors import ConfigError
-from octavo.plugins.hookspecs import KINDS
+from octavo.plugins.kinds import KINDS
 from octavo.plugins.loading import LoadedProvider, Plugins, load_plugins
 
 if TYPE_CHECKING:

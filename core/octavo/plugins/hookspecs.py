@@ -1,52 +1,17 @@
-"""The hooks that a plugin may implement, and the kinds of provider that they offer.
+"""The hooks that a plugin may implement.
 
 Hooks run at start-up only. Those that return providers are called on each plugin by itself, so that a plugin that fails
 takes no other one with it.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import pluggy
 from octavo.plugins.records import PROJECT, Provider
-
-if TYPE_CHECKING:
-    from octavo.plugins.registry import LoadedProvider
+from octavo.plugins.registry import LoadedProvider
 
 hookspec = pluggy.HookspecMarker(PROJECT)
-
-
-class Kind(NamedTuple):
-    """A kind of provider: the hook that offers it, its interface's version, and the flag that names one of it."""
-
-    hook: str
-    api: int
-    flag: str | None
-
-    @property
-    def title(self) -> str:
-        """The kind in words, singular."""
-        return self.hook.removeprefix("octavo_").removesuffix("s").replace("_", " ")
-
-    @property
-    def accepted(self) -> tuple[int, ...]:
-        """The interface versions that this core serves: its own, and the one before."""
-        return tuple(version for version in (self.api, self.api - 1) if version > 0)
-
-
-KINDS = {
-    "attention": Kind("octavo_attention_backends", 1, "--attention-backend"),
-    "kv_cache": Kind("octavo_kv_cache_formats", 1, "--kv-cache-dtype"),
-    "weights": Kind("octavo_weight_formats", 1, "--quantization"),
-    "matmul": Kind("octavo_matmuls", 1, "--linear-backend"),
-    "ops": Kind("octavo_fused_ops", 1, "--ops-backend"),
-    "communicator": Kind("octavo_communicators", 1, "--communicator"),
-    "executor": Kind("octavo_executors", 1, "--distributed-executor-backend"),
-    "model": Kind("octavo_models", 1, None),
-    "checkpoint_reader": Kind("octavo_checkpoint_readers", 1, None),
-    "logits_processor": Kind("octavo_logits_processors", 1, None),
-    "command": Kind("octavo_commands", 1, None),
-}
 
 
 class HookSpecs(Protocol):
@@ -97,7 +62,7 @@ class HookSpecs(Protocol):
         """Offer subcommands of `octavo` (`octavo.plugins.records.Command`); the summary is the line in `--help`."""
 
     @hookspec(firstresult=True)
-    def octavo_choose(self, kind: str, spec: Any, candidates: Sequence["LoadedProvider"]) -> str | None:
+    def octavo_choose(self, kind: str, spec: Any, candidates: Sequence[LoadedProvider]) -> str | None:
         """Choose among the candidates that can serve `spec`, in order of preference; None leaves it to others.
 
         Returns a candidate's name. The first plugin to answer wins; the core's own answer comes last: the first one.

@@ -8,7 +8,8 @@ from typing import Any
 
 import pluggy
 from octavo.errors import ConfigError, PluginError
-from octavo.plugins.hookspecs import KINDS, HookSpecs
+from octavo.plugins.hookspecs import HookSpecs
+from octavo.plugins.kinds import KINDS
 from octavo.plugins.records import PROJECT, Provider
 from octavo.plugins.registry import (
     LoadedPlugin,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pluggy
 from octavo.errors import ConfigError, PluginError
-from octavo.plugins.hookspecs import KINDS
+from octavo.plugins.kinds import KINDS
 from octavo.plugins.records import Provider
 from octavo.plugins.values import nearest
 

@@ -6,7 +6,7 @@ from traceback import walk_tb
 from typing import Any
 
 from octavo.errors import ConfigError, OctavoError, PluginError
-from octavo.plugins.hookspecs import KINDS
+from octavo.plugins.kinds import KINDS
 from octavo.plugins.options import make_options, split_reference
 from octavo.plugins.registry import LoadedProvider, Plugins, describe_error
 
