@@ -85,7 +85,8 @@ def _sentence(detail: dict[str, Any]) -> tuple[str, str | None]:
             f"The body must be a JSON object, with the header Content-Type: application/json ({detail['msg']}).",
             None,
         )
-    path, message = ".".join(place), str(detail["msg"]).rstrip(".")
+    # Which member of a union was tried is part of pydantic's path, but says nothing to a client.
+    path, message = ".".join(part for part in place if part.isalnum() or part.isidentifier()), detail["msg"].rstrip(".")
     if detail["type"] == "missing":
         return f"The field {path!r} is missing.", place[0]
     return f"{path}: {message}; found {_short(detail.get('input'))}.", place[0]

@@ -36,6 +36,9 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Prompt = Annotated[Text | list[Text] | list[TokenId] | list[list[TokenId]], WrapValidator(_one_kind)]
 
+TEMPLATE_ARGUMENTS = frozenset({"messages", "template", "add_generation_prompt", "bos_token", "eos_token", "tools"})
+"""What no request may set through chat_template_kwargs."""
+
 
 class Strict(BaseModel):
     """Strictly typed, no unknown fields; null is the same as absent."""
@@ -162,6 +165,13 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Int | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _template_keeps_its_own(self) -> "ChatRequest":
+        for name in TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys():
+            message = f"chat_template_kwargs holds {name!r}, which the chat template has from elsewhere."
+            raise RequestError(message, "chat_template_kwargs")
+        return self
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> "ChatRequest":

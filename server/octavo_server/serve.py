@@ -86,7 +86,7 @@ class _Server(uvicorn.Server):
 
 
 async def serve(engine: AsyncEngine, settings: ServerSettings) -> int:
-    """Open the port, start the engine, and serve until a signal. Raises why the engine did not start, or ended before."""
+    """Open the port, start the engine, serve until a signal. Raises why the engine did not start, or ended before."""
     with _listen(settings.host, settings.port) as listener:
         server = _Server(engine, settings)
         watch = asyncio.create_task(_watch(engine, server, listener.getsockname()))

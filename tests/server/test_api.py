@@ -68,9 +68,7 @@ async def test_completion_generates_16_tokens_unless_told(service: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_prompts_of_every_kind_and_choices_are_numbered(
-    service: Any, tokenizer: Tokenizer, stream: bool
-) -> None:
+async def test_prompts_of_every_kind_and_choices_are_numbered(service: Any, tokenizer: Tokenizer, stream: bool) -> None:
     kinds = ["ab", ["ab", "x"], tokenizer.encode("ab"), [tokenizer.encode("ab"), tokenizer.encode("x")]]
     for prompt in kinds:
         body = {"prompt": prompt, "n": 2, "max_tokens": 3}
@@ -123,7 +121,7 @@ async def test_completion_logprobs(service: Any, tokenizer: Tokenizer) -> None:
     assert echoed["text_offset"] == [0, 1, 2, 3]
     chunks = await _stream(service, "completions", {**body, "echo": True})
     parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
-    assert {name: sum((part[name] for part in parts), []) for name in echoed} == echoed
+    assert {name: [entry for part in parts for entry in part[name]] for name in echoed} == echoed
 
 
 async def test_prompt_logprobs_and_token_ids(service: Any, tokenizer: Tokenizer) -> None:

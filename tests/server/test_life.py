@@ -18,6 +18,7 @@ import pytest
 from octavo.errors import EngineDeadError
 from tiny_tokenizer import write_tokenizer
 
+pytestmark = pytest.mark.usefixtures("helpers_in_child")
 FOREVER = {"prompt": "abc", "max_tokens": 60, "ignore_eos": True}
 
 
@@ -97,11 +98,13 @@ class _Process:
     async def said(self, pattern: str) -> str:
         """Wait for a line that matches, and return the match's first group."""
         assert self.process.stderr is not None
+        lines = ""
         async with asyncio.timeout(10):
             while line := (await self.process.stderr.readline()).decode():
                 if (found := re.search(pattern, line)) is not None:
                     return found[1]
-        raise AssertionError(f"The server never said {pattern}")
+                lines += line
+        raise AssertionError(f"The server never said {pattern}, but:\n{lines}")
 
     async def engine_pid(self) -> int:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()

@@ -43,7 +43,7 @@ async def _refused(service: Any, path: str, **request: Any) -> tuple[str, str | 
         ({"n": 9}, "n", "9, but at most 8"),
         ({"stop": ["a"] * 17}, "stop", "17 strings, but at most 16"),
         ({"stop": [""]}, "stop", "empty"),
-        ({"stop": [1]}, "stop", "found 1"),
+        ({"stop": [1]}, "stop", "stop: Input should be a valid string; found [1]"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "'x'"),
         ({"logit_bias": {"300": 1}}, "logit_bias", "300, but ids are from 0 to 299"),
         ({"logit_bias": {"3": 101}}, "logit_bias[3]", "from -100 to 100"),
@@ -89,7 +89,8 @@ async def test_completion_refuses(service: Any, fields: dict[str, Any], param: s
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"tool_choice": "required"}, "tool_choice", "null or 'none' or 'auto'"),
         ({"prompt": "x"}, "prompt", "unknown"),
-        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "messages"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "'messages'"),
+        ({"chat_template_kwargs": {"template": "{{ 1 }}"}}, "chat_template_kwargs", "'template'"),
     ],
 )
 async def test_chat_refuses(service: Any, fields: dict[str, Any], param: str, message: str) -> None:
@@ -100,7 +101,16 @@ async def test_chat_refuses(service: Any, fields: dict[str, Any], param: str, me
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[1]", b"null", b'"x"', b'{"prompt": "\\ud800"}', b'{"prompt": "a", "temperature": NaN}', b"[" * 100000],
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"null",
+        b'"x"',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a", "temperature": NaN}',
+        b"[" * 100000,
+    ],
 )
 async def test_broken_bodies_are_refused(service: Any, content: bytes) -> None:
     await _refused(service, "completions", content=content, headers={"Content-Type": "application/json"})

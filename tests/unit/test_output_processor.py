@@ -105,7 +105,7 @@ def test_logprobs_name_the_sampled_token_first_and_stop_with_the_tokens(tokenize
         {a: Logprob(-1.0, 3, "a"), c: Logprob(-0.25, 1, "c"), b: Logprob(-0.5, 2, "b")},
         {b: Logprob(-0.5, 2, "b"), c: Logprob(-0.25, 1, "c")},
     ]
-    assert [list(entry)[0] for entry in delta.logprobs] == [a, b]
+    assert [next(iter(entry)) for entry in delta.logprobs] == [a, b]
     choice = processor.output.outputs[0]
     assert choice.logprobs == delta.logprobs
     assert choice.cumulative_logprob == -1.5

@@ -2,8 +2,10 @@
 
 Decoding requests are gathered from their blocks and attended together; prompts one by one, or together where they are of
 one length. Slots past a request's end may hold any bits (contract C10): keys and values there are zeroed and masked.
+It allocates and plans on the host's lengths, so it stays outside CUDA graphs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +17,17 @@ from octavo.kv_cache.interface import KVCache
 from octavo.runtime.batch import Batch, BatchShape
 
 _WASTE = 0.5  # requests share a gather while the shortest fills at least this part of the longest
+_SCORES_AT_ONCE = 1 << 24  # float32 scores held at a time where the softmax is spelt out
+
+Lens = Callable[[int], int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Decodes:
     """Requests of one token, gathered together. `rows` None means tokens 0, 1, ..., `count` - 1.
 
-    `gather` [count * Hk * B] indexes heads of pages; `unused` the gathered tokens that are not the requests'.
+    `gather` [count * Hk * B] indexes heads of pages, `unused` the gathered tokens that no query sees, and `mask`
+    [count, 1, 1, length] is added to the scores. Without a mask every query sees the first `length` tokens.
     """
 
     rows: torch.Tensor | None
@@ -34,24 +40,32 @@ class _Decodes:
 
 @dataclass(frozen=True, slots=True)
 class _Prompts:
-    """`count` requests of `query_len` tokens each, from token `start` on, with their `blocks` [count, B].
+    """`count` requests of `query_len` tokens each, from token `start` on, which see tokens `first` to `end` of `blocks`.
 
-    `fresh` ones have no tokens before these, so that this step's keys and values are all they see.
+    `fresh` ones have no tokens before these, so that this step's keys and values are all they see. `mask`
+    [query_len, end - first] is added to the scores; None is the causal one of a square.
     """
 
     start: int
     count: int
     query_len: int
-    seq_len: int
+    first: int
+    end: int
     blocks: torch.Tensor
     fresh: bool
     mask: torch.Tensor | None
+
+    @property
+    def tokens(self) -> slice:
+        """The requests' tokens in the batch."""
+        return slice(self.start, self.start + self.count * self.query_len)
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
     decodes: list[_Decodes]
     prompts: list[_Prompts]
+    padding: list[slice]
 
 
 class TorchAttention:
@@ -96,60 +110,89 @@ class TorchAttention:
         table = batch.block_tables[self.spec.group]
         live = [i for i, n in enumerate(lens) if n and starts[i + 1] > starts[i]]
         decodes = [i for i in live if starts[i + 1] - starts[i] == 1 and starts[i] == i] if self.gathers else []
-        prompts = live[len(decodes) :]
+        together = set(decodes)
+        prompts = [i for i in live if i not in together]
         return _Plan(
-            [self._plan_decodes(rows, lens, table) for rows in _similar(decodes, lens)],
+            [self._plan_decodes(rows, lens, table) for rows in _similar(decodes, lambda i: self._span(lens[i]))],
             self._plan_prompts(prompts, lens, starts, table),
+            _gaps([(starts[i], starts[i + 1]) for i in live], batch.token_ids.shape[0]),
         )
 
+    def _first_block(self, position: int) -> int:
+        """The first block that a query at `position` sees."""
+        return 0 if self.window is None else max(0, position + 1 - self.window) // self.spec.block_size
+
+    def _span(self, seq_len: int) -> int:
+        """Tokens from the first block that the last token sees."""
+        return seq_len - self._first_block(seq_len - 1) * self.spec.block_size
+
     def _plan_decodes(self, rows: list[int], lens: list[int], table: torch.Tensor) -> _Decodes:
-        spec, device = self.spec, table.device
-        longest = max(lens[i] for i in rows)
-        num_blocks = -(-longest // spec.block_size)
-        in_order = rows == list(range(len(rows)))
-        index = None if in_order else torch.tensor(rows, device=device)
-        blocks = (table[: len(rows)] if index is None else table[index])[:, :num_blocks].long()
-        heads = torch.arange(spec.num_kv_heads, device=device).view(1, -1, 1)
-        gather = (blocks.unsqueeze(1) * (2 * spec.num_kv_heads) + heads).reshape(-1)
-        if len(rows) == 1 and (self.window is None or longest <= self.window):
-            return _Decodes(index, 1, longest, gather, None, None)
-        length = num_blocks * spec.block_size
-        ends = torch.tensor([lens[i] for i in rows], device=device).view(-1, 1)
+        count, size, device = len(rows), self.spec.block_size, table.device
+        longest = max(self._span(lens[i]) for i in rows)
+        index = None if rows == list(range(count)) else torch.tensor(rows, device=device)
+        blocks = table[:count] if index is None else table[index]
+        firsts = [self._first_block(lens[i] - 1) for i in rows]
+        if any(firsts):
+            columns = torch.tensor(firsts, device=device).view(-1, 1) + torch.arange(-(-longest // size), device=device)
+            blocks = blocks.gather(1, columns.clamp_(max=blocks.shape[1] - 1))
+        blocks = blocks[:, : -(-longest // size)]
+        if all(lens[i] == longest for i in rows) and (self.window is None or longest <= self.window):
+            return _Decodes(index, count, longest, self._heads_of(blocks), None, None)
+        length = blocks.shape[1] * size
+        ends = torch.tensor([self._span(lens[i]) for i in rows], device=device).view(-1, 1)
         positions = torch.arange(length, device=device).view(1, -1)
         seen = positions < ends
         if self.window is not None:
             seen &= positions >= ends - self.window
-        unused = (~seen).unsqueeze(1).expand(-1, spec.num_kv_heads, -1).reshape(-1).nonzero().view(-1)
-        return _Decodes(index, len(rows), length, gather, unused, seen.view(len(rows), 1, 1, length))
+        unused = (~seen).unsqueeze(1).expand(-1, self.spec.num_kv_heads, -1).reshape(-1).nonzero().view(-1)
+        return _Decodes(
+            index, count, length, self._heads_of(blocks), unused, self._added(seen).view(count, 1, 1, length)
+        )
 
     def _plan_prompts(
         self, requests: list[int], lens: list[int], starts: list[int], table: torch.Tensor
     ) -> list[_Prompts]:
         plans: list[_Prompts] = []
         masks: dict[tuple[int, int], torch.Tensor] = {}
+        size = self.spec.block_size
         for i in requests:
             start, query_len, seq_len = starts[i], starts[i + 1] - starts[i], lens[i]
             fresh = query_len == seq_len and self.gathers
-            blocks = table[i : i + 1, : -(-seq_len // self.spec.block_size)].long()
+            skipped = self._first_block(seq_len - query_len)
+            blocks = table[i : i + 1, skipped : -(-seq_len // size)]
             last = plans[-1] if plans else None
-            if last and fresh and last.fresh and last.query_len == query_len:
-                blocks = torch.cat((last.blocks, blocks))
-                plans[-1] = replace(last, count=last.count + 1, blocks=blocks)
+            if last and fresh and last.fresh and last.query_len == query_len and last.tokens.stop == start:
+                plans[-1] = replace(last, count=last.count + 1, blocks=torch.cat((last.blocks, blocks)))
                 continue
+            end = seq_len - skipped * size
+            first = 0 if self.window is None else max(0, end - query_len + 1 - self.window)
             mask = None
-            if not fresh or self.window is not None:
-                shape = (query_len, seq_len)
-                mask = masks[shape] if shape in masks else self._mask(*shape, table.device)
+            if query_len > 1 and (not fresh or self.window is not None):
+                shape = (query_len, end - first)
+                mask = masks[shape] if shape in masks else self._added(self._seen(*shape, table.device))
                 masks = {shape: mask}
-            plans.append(_Prompts(start, 1, query_len, seq_len, blocks, fresh, mask))
+            plans.append(_Prompts(start, 1, query_len, first, end, blocks, fresh, mask))
+        if self.gathers:
+            return [replace(plan, blocks=self._heads_of(plan.blocks)) for plan in plans]
         return plans
 
-    def _mask(self, query_len: int, seq_len: int, device: torch.device) -> torch.Tensor:
-        """True where query i, at seq_len - query_len + i, sees key j (contract C1)."""
-        queries = torch.arange(seq_len - query_len, seq_len, device=device).view(-1, 1)
-        keys = torch.arange(seq_len, device=device).view(1, -1)
+    def _heads_of(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Where the heads of blocks [R, B] lie among the heads of all pages, [R * Hk * B]: a page is keys, then values."""
+        num_heads = self.spec.num_kv_heads
+        heads = torch.arange(num_heads, device=blocks.device).view(1, -1, 1)
+        return (blocks.long().unsqueeze(1) * (2 * num_heads) + heads).reshape(-1)
+
+    def _seen(self, query_len: int, num_keys: int, device: torch.device) -> torch.Tensor:
+        """True where query i, at num_keys - query_len + i, sees key j (contract C1)."""
+        queries = torch.arange(num_keys - query_len, num_keys, device=device).view(-1, 1)
+        keys = torch.arange(num_keys, device=device).view(1, -1)
         seen = keys <= queries
         return seen if self.window is None else seen & (keys > queries - self.window)
+
+    def _added(self, seen: torch.Tensor) -> torch.Tensor:
+        """What masks scores when it is added to them: made once a step, and not by every layer."""
+        dtype = self.spec.dtype if self.gathers else torch.float32
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
@@ -167,30 +210,35 @@ class TorchAttention:
             self._forward_decodes(decodes, q, kv, out, lse)
         for prompts in plan.prompts:
             self._forward_prompts(prompts, q, kv, out, lse, new)
+        for tokens in plan.padding:
+            out[tokens] = 0
+            if lse is not None:
+                lse[tokens] = float("-inf")
 
     def _forward_decodes(
         self, plan: _Decodes, q: torch.Tensor, kv: KVCache, out: torch.Tensor, lse: torch.Tensor | None
     ) -> None:
         spec = self.spec
-        k, v = (self._gather(pages, plan) for pages in (kv.k, kv.v))
-        queries = q[: plan.count] if plan.rows is None else q[plan.rows]
-        queries = queries.view(plan.count, spec.num_kv_heads, self.group_size, spec.head_dim)
-        result, result_lse = self._attend(queries, k, v, plan.mask, False, lse is not None)
+        k, v = (self._gather(pages, plan.gather, plan.count, plan.unused) for pages in (kv.k, kv.v))
+        k, v = k[:, :, : plan.length], v[:, :, : plan.length]
         rows = slice(plan.count) if plan.rows is None else plan.rows
+        queries = q[rows].view(plan.count, spec.num_kv_heads, self.group_size, spec.head_dim)
+        result, result_lse = self._attend(queries, k, v, plan.mask, False, lse is not None)
         out[rows] = result.reshape(plan.count, spec.num_heads, spec.head_dim)
         if lse is not None and result_lse is not None:
             lse[rows] = result_lse.reshape(plan.count, spec.num_heads)
 
-    def _gather(self, pages: torch.Tensor, plan: _Decodes) -> torch.Tensor:
-        """The group's keys or values [count, Hk, length, D]: each index copies one head's tokens of one block."""
+    def _gather(
+        self, pages: torch.Tensor, heads: torch.Tensor, count: int, unused: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Keys or values [count, Hk, length, D]: each index of `heads` copies one head's tokens of one block."""
         spec = self.spec
         size = spec.block_size * spec.head_dim
         num_rows = (2 * pages.shape[0] - 1) * spec.num_kv_heads
         rows = pages.as_strided((num_rows, size), (size, 1))
-        tokens = rows.index_select(0, plan.gather).view(plan.count, spec.num_kv_heads, -1, spec.head_dim)
-        if plan.unused is None:
-            return tokens[:, :, : plan.length]
-        tokens.view(-1, spec.head_dim).index_fill_(0, plan.unused, 0)
+        tokens = rows.index_select(0, heads).view(count, spec.num_kv_heads, -1, spec.head_dim)
+        if unused is not None:
+            tokens.view(-1, spec.head_dim).index_fill_(0, unused, 0)
         return tokens
 
     def _forward_prompts(
@@ -202,25 +250,19 @@ class TorchAttention:
         lse: torch.Tensor | None,
         new: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
-        end = plan.start + plan.count * plan.query_len
+        tokens = plan.tokens
         if plan.fresh and new is not None:
-            k, v = (_split(x[plan.start : end], plan.count) for x in new)
+            k, v = (_split(x[tokens], plan.count) for x in new)
+        elif self.gathers:
+            k, v = (self._gather(x, plan.blocks, plan.count)[:, :, plan.first : plan.end] for x in (kv.k, kv.v))
         else:
-            pairs = [self._read(kv, plan, blocks) for blocks in plan.blocks]
-            k, v = (torch.stack(x).transpose(1, 2).to(q.dtype) for x in zip(*pairs, strict=True))
-        queries = _split(q[plan.start : end], plan.count)
-        result, result_lse = self._attend(queries, k, v, plan.mask, plan.mask is None, lse is not None)
-        out[plan.start : end] = result.transpose(1, 2).reshape(end - plan.start, *out.shape[1:])
+            k, v = (_split(x[plan.first :], 1) for x in self.spec.cache_format.read(kv, plan.blocks[0], plan.end))
+        queries = _split(q[tokens], plan.count).to(k.dtype)
+        causal = plan.mask is None and plan.query_len > 1
+        result, result_lse = self._attend(queries, k, v, plan.mask, causal, lse is not None)
+        out[tokens].view(plan.count, plan.query_len, *out.shape[1:]).copy_(result.transpose(1, 2))
         if lse is not None and result_lse is not None:
-            lse[plan.start : end] = result_lse.transpose(1, 2).reshape(end - plan.start, -1)
-
-    def _read(self, kv: KVCache, plan: _Prompts, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = self.spec.cache_format.read(kv, blocks, plan.seq_len)
-        if self.window is not None:
-            # Blocks behind the window are gone, and the null block in their place holds any bits.
-            first = max(0, plan.seq_len - plan.query_len - self.window + 1)
-            k[:first], v[:first] = 0, 0
-        return k, v
+            lse[tokens].view(plan.count, plan.query_len, -1).copy_(result_lse.transpose(1, 2))
 
     def _attend(
         self,
@@ -236,7 +278,7 @@ class TorchAttention:
             return self._attend_exactly(q, k, v, mask, causal)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and q.shape[2] > 1, scale=self.spec.scale, enable_gqa=grouped
+            q, k, v, attn_mask=mask, is_causal=causal, scale=self.spec.scale, enable_gqa=grouped
         ), None
 
     def _attend_exactly(
@@ -245,29 +287,42 @@ class TorchAttention:
         """Softmax in float32 by its definition (contract C11), with the log of its denominator (C8)."""
         repeats = q.shape[1] // k.shape[1]
         k, v = (x.float().repeat_interleave(repeats, dim=1) for x in (k, v))
-        scores = (q.float() @ k.transpose(-1, -2)) * self.spec.scale
-        if self.softcap:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
         if causal:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        return (torch.softmax(scores, -1) @ v).to(q.dtype), torch.logsumexp(scores, -1)
+            mask = self._added(self._seen(q.shape[2], k.shape[2], q.device))
+        at_once = max(1, _SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
+        results = []
+        for begin in range(0, q.shape[2], at_once):
+            part = slice(begin, begin + at_once)
+            scores = (q[:, :, part].float() @ k.transpose(-1, -2)) * self.spec.scale
+            if self.softcap:
+                scores = self.softcap * torch.tanh(scores / self.softcap)
+            if mask is not None:
+                scores += mask if mask.shape[-2] == 1 else mask[part]
+            results.append((torch.softmax(scores, -1) @ v, torch.logsumexp(scores, -1)))
+        outs, lses = zip(*results, strict=True)
+        return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
-def _similar(requests: list[int], lens: list[int]) -> list[list[int]]:
+def _similar(requests: list[int], length: Lens) -> list[list[int]]:
     """Requests in groups of similar length, so that padding a group to its longest wastes little."""
     if not requests:
         return []
-    if min(lens[i] for i in requests) >= _WASTE * max(lens[i] for i in requests):
+    if min(map(length, requests)) >= _WASTE * max(map(length, requests)):
         return [requests]
     groups: list[list[int]] = []
-    for i in sorted(requests, key=lambda i: lens[i], reverse=True):
-        if groups and lens[i] >= _WASTE * lens[groups[-1][0]]:
+    for i in sorted(requests, key=length, reverse=True):
+        if groups and length(i) >= _WASTE * length(groups[-1][0]):
             groups[-1].append(i)
         else:
             groups.append([i])
     return groups
+
+
+def _gaps(spans: list[tuple[int, int]], end: int) -> list[slice]:
+    """What the ascending spans leave of 0 to `end`: the padding's tokens."""
+    begins = [0, *(stop for _, stop in spans)]
+    ends = [*(start for start, _ in spans), end]
+    return [slice(begin, stop) for begin, stop in zip(begins, ends, strict=True) if begin < stop]
 
 
 def _split(x: torch.Tensor, count: int) -> torch.Tensor:
