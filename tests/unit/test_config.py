@@ -236,4 +236,5 @@ def flags_row(item: Field[Any]) -> str:
 
 def test_the_page_of_flags_is_up_to_date() -> None:
     page = (DOCS / "flags.md").read_text(encoding="utf-8").splitlines()
-    assert [row for row in page if row.startswith("| `")] == [flags_row(item) for item in fields(EngineConfig)]
+    rows = [flags_row(item) for item in fields(EngineConfig)]
+    assert [row for row in page if row.startswith("| `")][: len(rows)] == rows  # other packages' flags follow

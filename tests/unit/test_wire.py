@@ -31,6 +31,7 @@ NEWS: list[wire.FromEngine] = [
     wire.Ready(EngineInfo(model="m", max_model_len=8, vocab_size=9, backends=[{"kind": "ops", "why": None}])),
     wire.Failed("ConfigError", "no"),
     wire.Events([EVENT, TokenEvent("b", 0, [])]),
+    wire.Events([], {"a": 0.5}, EngineStats(num_running=1, kv_slots=16, kv_tokens=3)),
     wire.Refused("a", "no", "n"),
     wire.Answer(1, EngineStats(num_running=3, kv_usage=0.5)),
     wire.Answer(2, True),

@@ -1,7 +1,7 @@
 """Who holds which block: tables of each request and KV group, prefix hits, copy-on-write, windows.
 
-PagedAttention (Kwon et al. 2023, §4.2-4.4): a table maps a request's logical blocks to the pool's; forks share blocks and the
-first writer copies. All groups draw from one pool.
+PagedAttention (Kwon et al. 2023, §4.2-4.4): a table maps a request's logical blocks to the pool's; forks share blocks
+and the first writer copies. All groups draw from one pool.
 """
 
 from array import array
@@ -21,7 +21,7 @@ class KVGroup:
 
 @dataclass(slots=True)
 class TableEdit:
-    """A table's new entry: `block` stands at `index` of group `group`; `copied_from` is the shared block it replaces."""
+    """A table's new entry: `block` at `index` of group `group`; `copied_from` is the shared block that it replaces."""
 
     group: int
     index: int
@@ -48,8 +48,8 @@ def chain_hash(parent: bytes, token_ids: Sequence[int], salt: str = "") -> bytes
 class BlockManager:
     """The blocks of all requests. A request is named by an int key of the caller's choice.
 
-    Tokens counted as held may still be on their way: what a submitted step will write counts as written, since blocks that
-    are freed are reused by later-submitted steps only.
+    Tokens counted as held may still be on their way: what a submitted step will write counts as written, since blocks
+    that are freed are reused by later-submitted steps only.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class BlockManager:
         return 0 if window is None else max(0, position - window + 1) // self.block_size
 
     def admit(self, key: int, hashes: Sequence[bytes] = ()) -> int:
-        """Give `key` tables that begin with the blocks of `hashes` (a count that `match` returned); tokens they hold."""
+        """Give `key` tables that begin with the blocks of `hashes` (as many as `match` said); the tokens they hold."""
         assert key not in self._tables, f"request {key} has tables already"
         position = len(hashes) * self.block_size
         tables = _Tables([], position)
@@ -150,10 +150,9 @@ class BlockManager:
         for group, table in enumerate(tables.blocks):
             first = min(self._first_seen(group, tables.num_tokens), len(table))
             for index in range(tables.num_trimmed[group], first):
-                if table[index] != NULL_BLOCK:
-                    self.pool.release(table[index])
-                    table[index] = NULL_BLOCK
-                    edits.append(TableEdit(group, index, NULL_BLOCK))
+                self.pool.release(table[index])
+                table[index] = NULL_BLOCK
+                edits.append(TableEdit(group, index, NULL_BLOCK))
             tables.num_trimmed[group] = max(tables.num_trimmed[group], first)
         return edits
 
@@ -181,7 +180,7 @@ class BlockManager:
     # -- hashes -----------------------------------------------------------------------------------------------------
 
     def publish(self, key: int, hashes: Sequence[bytes], start: int, step_id: int) -> None:
-        """Let blocks `start`, ... (one for each of `hashes`) of `key` be found; `step_id` is the step that fills them."""
+        """Let blocks `start`, ... of `key` be found, one for each of `hashes`; step `step_id` fills them."""
         if not self.prefix_caching:
             return
         for group, table in enumerate(self._tables[key].blocks):
@@ -194,15 +193,12 @@ class BlockManager:
         """The step succeeded: what it published stays."""
         self._published.pop(step_id, None)
 
-    def withdraw_since(self, step_id: int) -> set[int]:
-        """The step failed: take back what it and later steps published; the keys that hold such blocks."""
-        withdrawn: set[int] = set()
+    def withdraw_since(self, step_id: int) -> None:
+        """The step failed: take back what it published, and what later steps did, which may build on it."""
         for step in [s for s in self._published if s >= step_id]:
             for block, block_key in self._published.pop(step):
                 if self.pool.find(block_key) == block:
                     self.pool.withdraw(block)
-                    withdrawn.add(block)
-        return {key for key, t in self._tables.items() if any(not withdrawn.isdisjoint(b) for b in t.blocks)}
 
     def reset_prefix_cache(self) -> None:
         """Forget every hash; blocks in use stay in use."""

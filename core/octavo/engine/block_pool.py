@@ -45,8 +45,8 @@ class BlockPool:
         """A free block with one reference, its hash forgotten. The caller has made sure that there is one."""
         block: int = self._next[NULL_BLOCK]
         assert block != NULL_BLOCK, "take() from an empty pool"
-        self._unlink(block)
         self.withdraw(block)
+        self._unlink(block)
         self._refs[block] = 1
         return block
 
@@ -72,11 +72,15 @@ class BlockPool:
         return True
 
     def withdraw(self, block: int) -> None:
-        """Forget the block's hash, if it has one."""
+        """Forget the block's hash, if it has one; a free block is then among the first to be taken."""
         key = self._keys[block]
-        if key is not None:
-            del self._by_key[key]
-            self._keys[block] = None
+        if key is None:
+            return
+        del self._by_key[key]
+        self._keys[block] = None
+        if self._refs[block] == 0:
+            self._unlink(block)
+            self._link(block, at_head=True)
 
     def withdraw_all(self) -> None:
         """Forget every hash."""
@@ -96,7 +100,7 @@ class BlockPool:
         self.num_free -= 1
 
     def check(self, expected_refs: dict[int, int]) -> None:
-        """Verify every invariant; `expected_refs` counts each block's holders, absent for none. Raises AssertionError."""
+        """Verify every invariant; `expected_refs` counts the holders of each held block. Raises AssertionError."""
         for block in range(1, self.num_blocks):
             found, expected = self._refs[block], expected_refs.get(block, 0)
             assert found == expected, f"block {block} has {found} references, its holders are {expected}"
@@ -104,6 +108,8 @@ class BlockPool:
         free = self._walk()
         assert len(free) == self.num_free, f"{len(free)} blocks in the free list, {self.num_free} counted"
         assert all(self._refs[block] == 0 for block in free), "a held block is in the free list"
+        hashed = [self._keys[block] is not None for block in free]
+        assert hashed == sorted(hashed), "a block with a hash would be taken before one without"
         assert len(free) + sum(1 for refs in self._refs if refs) == self.num_blocks - 1, "a block is lost"
         published = {key: block for block, key in enumerate(self._keys) if key is not None}
         assert published == self._by_key, "hashes and blocks disagree"

@@ -1,4 +1,4 @@
-"""What the engine asks of whatever computes its steps. Executors are plugins: in process, processes, several machines."""
+"""What the engine asks of whatever computes its steps. Executors are plugins: in process, processes, machines."""
 
 from collections.abc import Callable
 from concurrent.futures import Future

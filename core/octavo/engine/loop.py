@@ -11,7 +11,7 @@ from octavo.engine.executor import Capacity, Executor
 from octavo.engine.request import Request
 from octavo.engine.scheduler import Scheduler, SchedulerLimits
 from octavo.engine.step import EngineStats, StepInput, StepOutput, TokenEvent
-from octavo.errors import RequestError
+from octavo.errors import OctavoError, RequestError
 from octavo.sampling_params import SamplingParams
 
 _SEED_BITS = 63
@@ -20,8 +20,8 @@ _SEED_BITS = 63
 class Engine:
     """Schedules requests onto an executor. One thread calls it.
 
-    `max_steps_in_flight` steps are submitted before the output of the first is awaited, so that the device computes one while
-    the host prepares the next.
+    `max_steps_in_flight` steps are submitted before the output of the first is awaited, so that the device computes one
+    while the host prepares the next.
     """
 
     def __init__(
@@ -37,14 +37,13 @@ class Engine:
     ) -> None:
         self.capacity = capacity
         self._executor = executor
-        blocks = BlockManager(
-            capacity.num_blocks, capacity.block_size, capacity.groups, prefix_caching=prefix_caching
-        )
+        blocks = BlockManager(capacity.num_blocks, capacity.block_size, capacity.groups, prefix_caching=prefix_caching)
         limits = limits or SchedulerLimits(max_requests=capacity.max_requests, max_tokens=capacity.max_tokens)
         self.scheduler = Scheduler(limits, blocks, capacity.eos_token_ids)
         self._depth = max_steps_in_flight or capacity.max_steps_in_flight
         self._max_logprobs = max_logprobs
         self._in_flight: deque[tuple[StepInput, Future[StepOutput]]] = deque()
+        self._refused = False
         self._random = random.Random(seed)
         self.on_shutdown: Callable[[], object] = lambda: None
 
@@ -95,9 +94,15 @@ class Engine:
         """Whether `step` has something to do."""
         return self.scheduler.has_requests or bool(self._in_flight)
 
+    @property
+    def started(self) -> list[str]:
+        """Ids of the requests that began to run in the last call of `step`."""
+        return self.scheduler.started
+
     def step(self) -> list[TokenEvent]:
         """Submit what may be submitted, wait for the oldest step, and say what it means."""
-        while len(self._in_flight) < self._depth:
+        self.scheduler.started.clear()
+        while len(self._in_flight) < self._depth and not self._refused:
             step = self.scheduler.schedule()
             if step is None:
                 break
@@ -105,6 +110,7 @@ class Engine:
         if not self._in_flight:
             return []
         step, future = self._in_flight.popleft()
+        self._refused = self._refused and bool(self._in_flight)
         events = self.scheduler.update(_result(step, future))
         if not self.has_work():
             self.scheduler.blocks.check()
@@ -114,6 +120,8 @@ class Engine:
         try:
             return self._executor.sample(self._executor.submit(step))
         except Exception as error:
+            # A step behind this one would build on changes that the executor never made.
+            self._refused = True
             failed: Future[StepOutput] = Future()
             failed.set_exception(error)
             return failed
@@ -142,5 +150,7 @@ class Engine:
 def _result(step: StepInput, future: "Future[StepOutput]") -> StepOutput:
     try:
         return future.result()
+    except OctavoError as error:
+        return StepOutput(step.step_id, error=str(error))
     except Exception as error:
-        return StepOutput(step.step_id, error=f"{type(error).__name__}: {error}")
+        return StepOutput(step.step_id, error=f"The step failed with {type(error).__name__}: {error}")

@@ -19,8 +19,10 @@ class Status(Enum):
 class Request:
     """One choice of a user's request.
 
-    `num_computed` tokens have their KV computed by submitted steps; `num_in_flight` tokens are sampled by submitted steps
-    whose output is not back. `choices` is the number of choices that fork off at the end of the prompt (1 = none).
+    `num_computed` tokens have their KV computed by submitted steps; `num_in_flight` tokens are sampled by submitted
+    steps whose output is not back. `choices` is the number of choices that fork off at the end of the prompt (1 =
+    none). `shared_step` is the step in which it last began on blocks that others fill (a prefix hit, a fork), -1 if on
+    none.
     """
 
     id: str
@@ -48,6 +50,7 @@ class Request:
     num_published: int = 0
     num_prompt_logprobs: int = 0
     last_step: int = -1
+    shared_step: int = -1
 
     @property
     def num_prompt(self) -> int:
@@ -66,7 +69,7 @@ class Request:
 
     @property
     def num_wanted(self) -> int:
-        """Tokens to compute now. None once all output tokens are sampled or on their way."""
+        """Tokens to compute now: 0 once all output tokens are sampled or on their way."""
         if len(self.output_token_ids) + self.num_in_flight >= self.max_output_tokens:
             return 0
         if self.sync and self.num_in_flight:
@@ -116,11 +119,13 @@ class Request:
             sync=self.sync,
             status=self.status,
             num_computed=self.num_computed,
+            num_cached=self.num_cached,
             row=row,
             generation=generation,
             hashes=list(self.hashes),
             num_published=self.num_published,
             last_step=self.last_step,
+            shared_step=self.last_step,
         )
 
     def stop_reason(self, token_id: int, eos_token_ids: frozenset[int]) -> tuple[str, int | None] | None:

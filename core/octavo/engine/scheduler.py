@@ -1,7 +1,7 @@
 """Continuous batching: which tokens of which requests the next step computes.
 
-There is no prefill and no decode phase (Yu et al. 2022, Orca; Agrawal et al. 2024, Sarathi-Serve, chunked prefill): a request
-has tokens computed and tokens wanted, and each step hands out a token budget, running requests first.
+There is no prefill and no decode phase (Yu et al. 2022, Orca; Agrawal et al. 2024, Sarathi-Serve, chunked prefill): a
+request has tokens computed and tokens wanted, and each step hands out a token budget, running requests first.
 """
 
 from bisect import insort
@@ -12,9 +12,7 @@ from octavo.engine.block_manager import BlockManager, TableEdit
 from octavo.engine.request import Request, Status
 from octavo.engine.rows import Rows
 from octavo.engine.step import (
-    BlockCopy,
     EngineStats,
-    ForkRow,
     NewRow,
     PromptLogprobs,
     SampledToken,
@@ -22,9 +20,9 @@ from octavo.engine.step import (
     ScheduledRow,
     StepInput,
     StepOutput,
-    TableChange,
     TokenEvent,
 )
+from octavo.engine.step_builder import StepBuilder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +60,8 @@ class _InFlight:
 class Scheduler:
     """Requests in, StepInputs out; StepOutputs in, events out.
 
-    `schedule` may be called again before the output of the last step is known. Outputs are matched by (row, generation), and
-    those of a request that has ended meanwhile are dropped.
+    `schedule` may be called again before the output of the last step is known. Outputs are matched by (row,
+    generation), and those of a request that has ended meanwhile are dropped.
     """
 
     def __init__(
@@ -78,6 +76,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.counters = Counters()
+        self.started: list[str] = []
         self._rows = Rows(limits.max_requests)
         self._live: dict[tuple[int, int], Request] = {}
         self._in_flight: deque[_InFlight] = deque()
@@ -120,7 +119,7 @@ class Scheduler:
 
     def schedule(self) -> StepInput | None:
         """The next step, or None when nothing can be computed now."""
-        step = _StepBuilder(self._step_id, self.limits.max_tokens)
+        step = StepBuilder(self._step_id, self.limits.max_tokens)
         preempted = self._schedule_running(step)
         if not preempted:
             self._schedule_waiting(step)
@@ -135,7 +134,7 @@ class Scheduler:
         self.counters.num_prompt_tokens_computed += step.num_prompt_tokens
         return step.build(self._rows.drain_freed())
 
-    def _schedule_running(self, step: "_StepBuilder") -> bool:
+    def _schedule_running(self, step: StepBuilder) -> bool:
         preempted = False
         index = 0
         while index < len(self.running) and step.budget:
@@ -157,7 +156,7 @@ class Scheduler:
     def _youngest(self) -> Request:
         return max(self.running, key=self._order)
 
-    def _share(self, request: Request, step: "_StepBuilder") -> int:
+    def _share(self, request: Request, step: StepBuilder) -> int:
         """How many tokens the request computes in this step."""
         wanted = request.num_wanted
         if wanted > 1 and self.limits.max_tokens_per_prompt:
@@ -166,13 +165,13 @@ class Scheduler:
             return 0
         return min(wanted, step.budget)
 
-    def _schedule_waiting(self, step: "_StepBuilder") -> None:
+    def _schedule_waiting(self, step: StepBuilder) -> None:
         while self.waiting and step.budget:
             request = self.waiting[0]
             if request.num_in_flight or self._rows.num_free < request.choices or not self._admit(step, request):
                 return
 
-    def _admit(self, step: "_StepBuilder", request: Request) -> bool:
+    def _admit(self, step: StepBuilder, request: Request) -> bool:
         """Start a waiting request; False, with nothing changed, if it does not fit."""
         hits = self._prefix_hits(request)
         request.num_computed = self.blocks.admit(request.key, hits)
@@ -195,15 +194,17 @@ class Scheduler:
         usable = request.hashes[: (request.num_known - 1) // self.blocks.block_size]
         return usable[: self.blocks.match(usable)]
 
-    def _start(self, step: "_StepBuilder", request: Request, num_hits: int) -> None:
+    def _start(self, step: StepBuilder, request: Request, num_hits: int) -> None:
         rows = [self._rows.take() for _ in range(request.choices)]
         request.row, request.spare_rows = rows[0], rows[1:]
         request.generation = self._rows.generation(request.row)
         request.status = Status.RUNNING
         request.num_published = num_hits
+        request.shared_step = step.step_id if num_hits else -1
         if request.num_cached is None:
             request.num_cached = min(request.num_computed, request.num_prompt)
             self.counters.num_cached_tokens += request.num_cached
+            self.started.append(request.id)
         self._live[request.row, request.generation] = request
         insort(self.running, request, key=self._order)
         step.new_rows.append(
@@ -219,7 +220,7 @@ class Scheduler:
             )
         )
 
-    def _compute(self, step: "_StepBuilder", request: Request, num_tokens: int, edits: list[TableEdit]) -> None:
+    def _compute(self, step: StepBuilder, request: Request, num_tokens: int, edits: list[TableEdit]) -> None:
         """Book `num_tokens` of the request, whose blocks are there, into the step."""
         start = request.num_computed
         row = ScheduledRow(request.row, request.generation, start, num_tokens)
@@ -231,7 +232,7 @@ class Scheduler:
             self._sample(step, request)
         step.edit(request.row, edits)
 
-    def _sample(self, step: "_StepBuilder", request: Request) -> None:
+    def _sample(self, step: StepBuilder, request: Request) -> None:
         """The step reaches the request's last token: it samples, for every choice."""
         position = request.num_tokens
         for choice, row in enumerate(request.spare_rows, 1):
@@ -331,15 +332,20 @@ class Scheduler:
         self._live.pop((request.row, request.generation), None)
 
     def _fail(self, step: _InFlight, error: str) -> None:
-        """End the step's requests, and restart those that built on blocks which it should have filled."""
-        tainted = self.blocks.withdraw_since(step.step_id)
+        """End the step's requests, and restart those that may have built on blocks which it should have filled."""
+        self.blocks.withdraw_since(step.step_id)
         for request in step.requests:
             if not request.finished:
                 self._finish(request)
-                self._events.append(TokenEvent(request.id, request.choice, [], finish_reason="error", error=error))
-        for request in [r for r in self.running if r.key in tainted]:
+                # Choices that have not forked off yet end with it.
+                for choice in range(request.choice, request.choice + request.choices):
+                    self._events.append(TokenEvent(request.id, choice, [], finish_reason="error", error=error))
+        for request in [r for r in (*self.running, *self.waiting) if r.shared_step > step.step_id]:
             request.num_in_flight = 0
-            self._preempt(request)
+            if request.status is Status.RUNNING:
+                self._preempt(request)
+            else:
+                self._live.pop((request.row, request.generation), None)
 
     # -- accounts ---------------------------------------------------------------------------------------------------
 
@@ -356,47 +362,4 @@ class Scheduler:
             kv_usage=pool.num_used / max(1, pool.num_blocks - 1),
             kv_slots=slots,
             kv_tokens=slots - wasted,
-        )
-
-
-class _StepBuilder:
-    """A step in the making."""
-
-    def __init__(self, step_id: int, budget: int) -> None:
-        self.step_id = step_id
-        self.budget = budget
-        self.new_rows: list[NewRow] = []
-        self.forks: list[ForkRow] = []
-        self.changes: list[TableChange] = []
-        self.copies: list[BlockCopy] = []
-        self.rows: list[ScheduledRow] = []
-        self.samples: list[SampleRow] = []
-        self.requests: list[Request] = []
-        self.children: list[Request] = []
-        self.num_prompt_tokens = 0
-
-    def add(self, row: ScheduledRow, request: Request) -> None:
-        self.rows.append(row)
-        self.requests.append(request)
-        self.budget -= row.num_tokens
-        self.num_prompt_tokens += max(0, min(row.start + row.num_tokens, request.num_prompt) - row.start)
-
-    def edit(self, row: int, edits: list[TableEdit]) -> None:
-        for edit in edits:
-            self.changes.append(TableChange(row, edit.group, edit.index, [edit.block]))
-            if edit.copied_from is not None:
-                self.copies.append(BlockCopy(edit.group, edit.copied_from, edit.block))
-
-    def fork(self, parent: Request, child: Request, position: int, tables: list[list[int]]) -> None:
-        self.forks.append(ForkRow(parent.row, child.row, child.generation, child.choice))
-        self.changes += [TableChange(child.row, group, 0, list(table)) for group, table in enumerate(tables)]
-        self.samples.append(SampleRow(child.row, child.generation, parent.row, position))
-        self.requests.append(child)
-        self.children.append(child)
-
-    def build(self, freed_rows: list[int]) -> StepInput:
-        # Rows of one token first, as attention backends expect; the order is kept otherwise.
-        rows = sorted(self.rows, key=lambda row: row.num_tokens > 1)
-        return StepInput(
-            self.step_id, freed_rows, self.new_rows, self.forks, self.changes, self.copies, [], rows, self.samples
         )

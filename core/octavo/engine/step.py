@@ -13,8 +13,8 @@ from octavo.sampling_params import SamplingParams
 class NewRow:
     """A request takes a row: everything the device must know of it.
 
-    `token_ids` are all tokens known so far: the prompt, and after a preemption the tokens generated before it, from which
-    penalty counts are rebuilt. `blocks[g]` is the row's block table in KV group g.
+    `token_ids` are all tokens known so far: the prompt, and after a preemption the tokens generated before it, from
+    which penalty counts are rebuilt. `blocks[g]` is the row's block table in KV group g.
     """
 
     row: int
@@ -71,7 +71,7 @@ class ScheduledRow:
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """Sample a token for `row` at position `position` from the logits of the last token of `source`'s part of the batch."""
+    """Sample the token of `row` at `position` from the logits of the last token of `source`'s part of the batch."""
 
     row: int
     generation: int
@@ -83,7 +83,8 @@ class SampleRow:
 class StepInput:
     """All that a step needs beyond what the device already has. Applied in the order of the fields.
 
-    `rows` puts rows that compute one token first. `set_tokens` (row, token id) replaces the token that a row sampled last.
+    `rows` puts rows that compute one token first. `set_tokens` (row, token id) replaces the token that a row sampled
+    last.
     """
 
     step_id: int
