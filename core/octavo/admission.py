@@ -12,16 +12,22 @@ _GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 
 @dataclass(slots=True, kw_only=True)
 class EngineInfo:
-    """Facts of a started engine. `startup_seconds` maps each phase of the start to the time that it took."""
+    """Facts of a started engine.
+
+    `memory` maps what takes memory to its planned bytes; `startup_seconds` maps each phase of the start to its time.
+    """
 
     model: str
     max_model_len: int
     vocab_size: int
+    max_requests: int = 1
     num_blocks: int = 0
     block_size: int = 0
+    kv_bytes_per_token: float = 0.0
     dtype: str = ""
     device: str = ""
     backends: list[dict[str, Any]] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
     startup_seconds: dict[str, float] = field(default_factory=dict)
     generation_config: dict[str, Any] = field(default_factory=dict)
 

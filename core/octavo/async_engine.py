@@ -3,10 +3,8 @@
 import asyncio
 import itertools
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from octavo import errors
 from octavo.admission import EngineInfo, check_request
@@ -16,7 +14,9 @@ from octavo.engine_link import EngineLink
 from octavo.errors import EngineDeadError, OctavoError, RequestError
 from octavo.output_processor import Delta, OutputProcessor
 from octavo.outputs import RequestOutput
+from octavo.request_stream import Observer, RequestStream
 from octavo.sampling_params import SamplingParams
+from octavo.text.threads import TextThreads, check_text
 from octavo.text.tokenizer import Tokenizer
 from octavo.wire import (
     Abort,
@@ -35,50 +35,20 @@ from octavo.wire import (
     ToEngine,
 )
 
+__all__ = ["AsyncEngine", "Observer"]
+
 logger = logging.getLogger("octavo.async_engine")
 
 ENGINE_FACTORY = "octavo.start:start_engine"
 _STOP_SECONDS = 10.0
-_TOKENIZER_THREADS = 2
-_T = TypeVar("_T")
-
-
-class _Stream:
-    """A request's deltas on their way from the socket to whoever iterates over them."""
-
-    def __init__(self, processor: OutputProcessor) -> None:
-        self.processor = processor
-        self.error: OctavoError | None = None
-        self._deltas: deque[Delta] = deque()
-        self._changed = asyncio.Event()
-
-    def put(self, delta: Delta) -> None:
-        self._deltas.append(delta)
-        self._changed.set()
-
-    def fail(self, error: OctavoError) -> None:
-        self.error = error
-        self._changed.set()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Delta:
-        while not self._deltas:
-            if self.processor.finished:
-                raise StopAsyncIteration
-            if self.error is not None:
-                raise self.error
-            await self._changed.wait()
-            self._changed.clear()
-        return self._deltas.popleft()
 
 
 class AsyncEngine:
     """Runs the engine in a process of its own and serves many requests at once.
 
     `factory` ("module:function") builds the engine in that process. `phase` says how far the start is; `dead` is the
-    reason once the engine is gone, and every open request then ends with it.
+    reason once the engine is gone, and every open request then ends with it. `stats_seen` are the engine's latest
+    counters, a fraction of a second old while it works.
     """
 
     def __init__(
@@ -93,15 +63,17 @@ class AsyncEngine:
         self.phase = "starting the engine process"
         self.ready = False
         self.dead: OctavoError | None = None
-        self.last_news = 0.0
+        self.stats_seen = EngineStats()
+        self.observer = Observer()
         self._factory = factory
         self._progress = progress
         self._info: EngineInfo | None = None
         self._tokenizer = tokenizer
-        self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="octavo-tokenizer")
-        self._streams: dict[str, _Stream] = {}
+        self._threads = TextThreads()
+        self._streams: dict[str, RequestStream] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
+        self._last_progress = 0.0
         self._link: EngineLink | None = None
         self._reading: asyncio.Task[None] | None = None
         self._started = asyncio.Event()
@@ -125,7 +97,7 @@ class AsyncEngine:
                 raise self.dead
             if self._tokenizer is None:
                 self._tell("loading the tokenizer")
-                self._tokenizer = await self._in_thread(_load_tokenizer, self.config)
+                self._tokenizer = await self._threads.run(0, _load_tokenizer, self.config)
         except BaseException:
             await self.shutdown()
             raise
@@ -148,18 +120,24 @@ class AsyncEngine:
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, found off the event loop. Raises RequestError for a text that cannot fit the context."""
-        self._check_text(text)
-        return await self._in_thread(self.tokenizer.encode, text, add_special_tokens)
+        check_text(text, self.tokenizer, self.info.max_model_len)
+        return await self._threads.run(len(text), self.tokenizer.encode, text, add_special_tokens)
 
     async def tokenize_chat(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **template: Any
     ) -> list[int]:
         """Token ids of a conversation by the model's chat template; `template` are variables for it."""
-        for message in messages:
-            self._check_text(str(message.get("content") or ""))
-        return await self._in_thread(
-            lambda: self.tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt, **template)
-        )
+        tokenizer, longest = self.tokenizer, self.info.max_model_len
+        contents = [str(message.get("content") or "") for message in messages]
+        for content in contents:
+            check_text(content, tokenizer, longest)
+
+        def encode() -> list[int]:
+            text = tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, **template)
+            check_text(text, tokenizer, longest)
+            return tokenizer.encode(text, add_special_tokens=False)
+
+        return await self._threads.run(sum(map(len, contents)), encode)
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Refuse what the engine would refuse, without asking it. Raises RequestError."""
@@ -219,6 +197,19 @@ class AsyncEngine:
         """Forget all cached prefixes; False, with nothing changed, while requests run."""
         return bool(await self._call(ResetPrefixCache))
 
+    @property
+    def stalled_seconds(self) -> float:
+        """Seconds since the engine last made a step while requests wait for one; 0 while none does."""
+        if not self._streams or self.dead is not None:
+            return 0.0
+        return asyncio.get_running_loop().time() - self._last_progress
+
+    def kill(self, reason: str) -> None:
+        """End the engine process at once, and every open request with an EngineDeadError of this reason."""
+        self._end(EngineDeadError(reason))
+        if self._link is not None:
+            self._link.kill()
+
     async def wait_dead(self) -> OctavoError:
         """Wait until the engine is gone and return why."""
         await self._died.wait()
@@ -233,11 +224,11 @@ class AsyncEngine:
             await asyncio.wait({self._reading}, timeout=_STOP_SECONDS)
             await self._link.close(0.0)
             await self._reading
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown()
 
     async def _open(
         self, request_id: str, prompt: str | list[int], params: SamplingParams, priority: int, cache_salt: str | None
-    ) -> tuple[str, _Stream]:
+    ) -> tuple[str, RequestStream]:
         text = prompt if isinstance(prompt, str) else None
         token_ids = await self.tokenize(prompt) if isinstance(prompt, str) else prompt
         self.check(token_ids, params)
@@ -245,29 +236,19 @@ class AsyncEngine:
             raise self.dead
         # A number makes ids unique, so that events of an aborted request never reach another of the same id.
         key = f"{request_id}#{next(self._numbers)}"
-        stream = _Stream(OutputProcessor(request_id, text, token_ids, params, self.tokenizer))
+        stream = RequestStream(OutputProcessor(request_id, text, token_ids, params, self.tokenizer))
         self._send(Add(key, token_ids, params, priority, cache_salt))
+        if not self._streams:
+            self._note_progress()  # the engine had nothing to do until now
         self._streams[key] = stream
+        self.observer.opened(key, token_ids, params)
         return key, stream
 
     def _close(self, key: str) -> None:
         stream = self._streams.pop(key, None)
+        self.observer.closed(key)
         if stream is not None and not stream.processor.finished and stream.error is None:
             self._send(Abort(key))
-
-    def _check_text(self, text: str) -> None:
-        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-            raise RequestError("The text holds half a surrogate pair, which is no Unicode text.", "prompt")
-        width = self.tokenizer.max_chars_per_token
-        if width is not None and len(text) > (limit := width * self.info.max_model_len):
-            raise RequestError(
-                f"The prompt has {len(text)} characters, but no text of more than {limit} fits the model's context of "
-                f"{self.info.max_model_len} tokens.",
-                "prompt",
-            )
-
-    async def _in_thread(self, function: Callable[..., _T], *args: Any) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     async def _call(self, kind: type[GetStats] | type[ResetPrefixCache]) -> EngineStats | bool:
         if self.dead is not None:
@@ -301,11 +282,17 @@ class AsyncEngine:
         self._end(EngineDeadError(f"The engine process ended unexpectedly ({status})."))
 
     def _receive(self, news: FromEngine) -> None:
-        self.last_news = asyncio.get_running_loop().time()
         match news:
-            case Events(events):
+            case Events(events, started, stats):
+                if events or (stats is not None and stats.num_steps != self.stats_seen.num_steps):
+                    self._note_progress()
+                for key, seconds in started.items():
+                    self.observer.started(key, seconds)
                 for event in events:
                     self._deliver(event)
+                if stats is not None:
+                    self.stats_seen = stats
+                    self.observer.fared(stats)
             case Phase(text):
                 self._tell(text)
             case Ready(info):
@@ -320,12 +307,16 @@ class AsyncEngine:
             case Failed(kind, message):
                 self._end(_error(kind, message))
 
+    def _note_progress(self) -> None:
+        self._last_progress = asyncio.get_running_loop().time()
+
     def _deliver(self, event: TokenEvent) -> None:
         stream = self._streams.get(event.request_id)
         if stream is None or (delta := stream.processor.push(event)) is None:
             return
         if delta.abort:
             self._send(Abort(event.request_id, delta.index))
+        self.observer.gained(event.request_id, delta)
         stream.put(delta)
 
     def _end(self, reason: OctavoError) -> None:

@@ -32,7 +32,8 @@ MIN_BLOCK_SIZE = 8
 def documented(help: str, default: Any = None, short: str | None = None, **metadata: Any) -> Any:
     """A dataclass field with its help text. `short`: another spelling of its flag.
 
-    Metadata: `size=True` allows 32k and 32K; `env="NAME"` is the environment variable that sets it too.
+    Metadata: `size=True` allows 32k and 32K; `env="NAME"` is the environment variable that sets it too; `several=True`
+    lets a list's flag take `a b` as well as `a,b`.
     """
     return field(default=default, metadata={"help": help, "short": short, **metadata})
 

@@ -5,7 +5,7 @@ The functions take any dataclass of `documented` fields, so that the server's ow
 
 import os
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -15,7 +15,7 @@ from octavo.errors import ConfigError
 from octavo.plugins.values import base_type, convert
 
 T = TypeVar("T")
-_METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "A,B"}
+_METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "A,B", Mapping: "JSON"}
 
 
 def add_engine_arguments(parser: ArgumentParser, positional: bool = True) -> None:
@@ -41,8 +41,11 @@ def _add_flag(parser: ArgumentParser | _ArgumentGroup, item: Field[Any], base: A
         parser.add_argument(*names, dest=item.name, action=BooleanOptionalAction, default=SUPPRESS, help=text)
         return
     action = "append" if base is tuple else "store"
+    nargs = "+" if item.metadata.get("several") else None
     metavar = "SIZE" if item.metadata.get("size") else _METAVARS[base]
-    parser.add_argument(*names, dest=item.name, action=action, default=SUPPRESS, metavar=metavar, help=text)
+    parser.add_argument(
+        *names, dest=item.name, action=action, nargs=nargs, default=SUPPRESS, metavar=metavar, help=text
+    )
 
 
 def _help(item: Field[Any]) -> str:
@@ -90,7 +93,10 @@ def _find(
     item: Field[Any], args: Namespace, file_values: dict[str, Any], path: str | None
 ) -> tuple[object, str] | None:
     if hasattr(args, item.name):
-        return getattr(args, item.name), flag_of(item.name)
+        value = getattr(args, item.name)
+        if item.metadata.get("several"):
+            value = [one for group in value for one in group]
+        return value, flag_of(item.name)
     from_environment = environment_value(item)
     if from_environment is not None:
         return from_environment, f"The environment variable {item.metadata['env']}"

@@ -1,19 +1,16 @@
 """The server's end of the process boundary: starts the engine process, talks to it and reaps it."""
 
 import asyncio
-import shutil
+import os
+import socket
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Self
 
-from octavo.errors import EngineDeadError
 from octavo.wire import FromEngine, ToEngine, encode, read_news
 
 _READ_BUFFER_BYTES = 1 << 20
 _POLL_SECONDS = 0.02
-_Call = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class EngineLink:
@@ -28,25 +25,18 @@ class EngineLink:
 
     @classmethod
     async def open(cls) -> Self:
-        """Start a process and wait for its call. Raises EngineDeadError when it ends before.
-
-        It calls on a socket in a directory that only this user can enter; the directory is gone once the call is taken.
-        """
-        loop = asyncio.get_running_loop()
-        call: asyncio.Future[_Call] = loop.create_future()
-        directory = Path(tempfile.mkdtemp(prefix="octavo-"))
+        """Start a process that has the other end of a socket pair, which has no name that others could find."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # A process group of its own: Ctrl-C in a terminal reaches only the server, which then drains.
+            command = [sys.executable, "-P", "-m", "octavo.engine_process", str(theirs.fileno()), str(os.getpid())]
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], process_group=0)
         try:
-            path = directory / "engine.sock"
-            server = await asyncio.start_unix_server(
-                lambda reader, writer: call.set_result((reader, writer)), path, limit=_READ_BUFFER_BYTES
-            )
-            try:
-                process = await _start(path, call)
-            finally:
-                server.close()
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-        return cls(process, *call.result())
+            return cls(process, *await asyncio.open_unix_connection(sock=ours, limit=_READ_BUFFER_BYTES))
+        except BaseException:
+            ours.close()
+            await _reap(process, 0.0)
+            raise
 
     def send(self, message: ToEngine) -> None:
         """Hand a message to the engine; it is lost when the process has ended."""
@@ -65,20 +55,10 @@ class EngineLink:
         self._writer.close()
         return await _reap(self.process, patience)
 
-
-async def _start(path: Path, call: "asyncio.Future[_Call]") -> "subprocess.Popen[bytes]":
-    # A process group of its own: Ctrl-C in a terminal `timeout`'s SIGTERM reach only the server, which then drains.
-    command = [sys.executable, "-P", "-m", "octavo.engine_process", str(path)]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
-    try:
-        while not call.done() and process.poll() is None:
-            await asyncio.sleep(_POLL_SECONDS)
-    except BaseException:
-        await _reap(process, 0.0)
-        raise
-    if not call.done():
-        raise EngineDeadError(f"The engine process ended before it called back ({_status(process.returncode)}).")
-    return process
+    def kill(self) -> None:
+        """End the process at once."""
+        if self.process.poll() is None:
+            self.process.kill()
 
 
 async def _reap(process: "subprocess.Popen[bytes]", patience: float) -> str:

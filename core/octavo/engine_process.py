@@ -1,8 +1,10 @@
-"""The engine's own process (`python -m octavo.engine_process SOCKET`): commands in from a socket, events out."""
+"""The engine's own process (`python -m octavo.engine_process FD PARENT`): commands in from a socket, events out."""
 
+import ctypes
 import logging
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -14,6 +16,7 @@ import msgspec
 
 from octavo import errors
 from octavo.admission import EngineInfo
+from octavo.engine.step import EngineStats
 from octavo.wire import (
     Abort,
     Add,
@@ -41,10 +44,14 @@ logger = logging.getLogger("octavo.engine_process")
 HEARTBEAT_SECONDS = 1.0
 """Steps without events say so this often, so that the server can tell a slow engine from a stuck one."""
 
+STATS_SECONDS = 0.25
+"""How often counters and gauges are sent while the engine works."""
+
 GRACE_SECONDS = 2.0
 """How long the engine may take to end once the server is gone."""
 
 _SEND_BUFFER_BYTES = 1 << 20
+_PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
 
 class EngineProcess:
@@ -57,6 +64,8 @@ class EngineProcess:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._commands: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._arrivals: dict[str, float] = {}
+        self._stats = EngineStats()
 
     def run(self) -> int:
         """Start the engine that the first command describes and serve it to the end. Returns the exit status."""
@@ -100,17 +109,25 @@ class EngineProcess:
         return engine  # type: ignore[no-any-return]
 
     def _serve(self, engine: "Engine") -> None:
-        last_sent = time.monotonic()
+        last_sent = last_stats = time.monotonic()
         while self._obey(engine):
+            begin = time.monotonic()
             events = engine.step()
+            started = {name: begin - self._arrivals.pop(name, begin) for name in engine.started}
             now = time.monotonic()
-            if events or now - last_sent > HEARTBEAT_SECONDS:
-                self._send(Events(events))
+            if now - last_stats > STATS_SECONDS:
+                self._stats = engine.stats()
+                self._send(Events(events, started, self._stats))
+                last_sent = last_stats = now
+            elif events or started or now - last_sent > HEARTBEAT_SECONDS:
+                self._send(Events(events, started))
                 last_sent = now
 
     def _obey(self, engine: "Engine") -> bool:
         """Do what is asked; wait for it only while the engine has no work. False at the end."""
         while True:
+            if not engine.has_work():
+                self._rest(engine)
             try:
                 command = self._commands.get(block=not engine.has_work())
             except queue.Empty:
@@ -119,12 +136,21 @@ class EngineProcess:
                 return False
             self._do(engine, command)
 
+    def _rest(self, engine: "Engine") -> None:
+        """Nothing is left to do: say what it came to."""
+        self._arrivals.clear()
+        if (stats := engine.stats()) != self._stats:
+            self._stats = stats
+            self._send(Events([], stats=stats))
+
     def _do(self, engine: "Engine", command: ToEngine) -> None:
         match command:
             case Add():
                 self._add(engine, command)
             case Abort(request_id, choice):
                 engine.abort(request_id, choice)
+                if choice is None:
+                    self._arrivals.pop(request_id, None)
             case GetStats(call):
                 self._send(Answer(call, engine.stats()))
             case ResetPrefixCache(call):
@@ -135,6 +161,7 @@ class EngineProcess:
             engine.add_request(
                 new.request_id, new.prompt_token_ids, new.params, priority=new.priority, cache_salt=new.cache_salt
             )
+            self._arrivals[new.request_id] = time.monotonic()
         except errors.RequestError as error:
             self._send(Refused(new.request_id, str(error), error.field))
 
@@ -150,12 +177,20 @@ class EngineProcess:
 
 
 def main() -> int:
-    """Connect to the socket that the command line names and serve an engine to it."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-    connection.connect(sys.argv[1])
-    with connection:
+    """Serve an engine to the socket that the command line names by its number, for the parent that it names."""
+    descriptor, parent = map(int, sys.argv[1:])
+    _die_with(parent)
+    with socket.socket(fileno=descriptor) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         return EngineProcess(connection).run()
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel end this process with its parent, even while a kernel that hangs holds the interpreter."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before this was set
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
@@ -145,14 +146,13 @@ class LLM:
 
     def _run(self, jobs: Sequence[_Job], use_tqdm: bool) -> list[RequestOutput]:
         processors: dict[str, OutputProcessor] = {}
-        with _progress(len(jobs), use_tqdm) as bar, _interrupt_between_steps() as interrupted:
+        with _progress(len(jobs), use_tqdm) as bar, _interrupts_between_steps() as release:
             try:
                 for job in jobs:
                     self._add(job, processors)
                 while any(not p.finished for p in processors.values()):
-                    if interrupted.is_set():
-                        raise KeyboardInterrupt
                     self._step(processors, bar)
+                    release()
             finally:
                 for request_id, processor in processors.items():
                     if not processor.finished:
@@ -197,25 +197,29 @@ def _progress(total: int, shown: bool) -> Iterator[_Progress]:
 
 
 @contextmanager
-def _interrupt_between_steps() -> Iterator[threading.Event]:
-    """Sets the event on Ctrl-C: an exception in the middle of a step would leave the engine half changed.
+def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
+    """Holds Ctrl-C back until the function that it yields is called: an exception in a step would leave it half done.
 
-    A second Ctrl-C raises at once, for a step that does not end.
+    A second Ctrl-C counts at once, for a step that does not end.
     """
-    interrupted = threading.Event()
     usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or usual is not signal.default_int_handler:
-        yield interrupted
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield lambda: None
         return
+    held: list[tuple[int, FrameType | None]] = []
 
-    def handle(*_: object) -> None:
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        interrupted.set()
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append((number, frame))
+        if len(held) > 1:
+            usual(number, frame)
 
-    signal.signal(signal.SIGINT, handle)
+    def release() -> None:
+        if held:
+            usual(*held.pop())
+
+    signal.signal(signal.SIGINT, hold)
     try:
-        yield interrupted
+        yield release
     finally:
         signal.signal(signal.SIGINT, usual)
 

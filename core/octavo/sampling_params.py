@@ -12,7 +12,7 @@ MAX_CHOICES = 128
 
 
 def _mix(x: int) -> int:
-    """A 64-bit finaliser in which every input bit reaches every output bit (splitmix64, Steele et al. 2014, fig. 13)."""
+    """A 64-bit finaliser: every input bit reaches every output bit (splitmix64, Steele et al. 2014, fig. 13)."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -20,7 +20,7 @@ def _mix(x: int) -> int:
 
 
 def choice_seed(seed: int, choice: int) -> int:
-    """The seed of choice j: the request's own for 0, so that a run with `choice_seed(s, j)` repeats choice j of seed s."""
+    """The seed of choice j: the request's own for 0, so a run with `choice_seed(s, j)` repeats choice j of seed s."""
     return seed if choice == 0 else _mix(_mix(seed & _MASK) ^ choice) >> 1
 
 
@@ -92,7 +92,8 @@ class SamplingParams:
                 "min_tokens",
             )
         if len(self.stop) > MAX_STOP_STRINGS:
-            raise RequestError(f"stop has {len(self.stop)} strings, but at most {MAX_STOP_STRINGS} are allowed.", "stop")
+            message = f"stop has {len(self.stop)} strings, but at most {MAX_STOP_STRINGS} are allowed."
+            raise RequestError(message, "stop")
         if any(not s for s in self.stop):
             raise RequestError("stop holds an empty string, which would end every text at once.", "stop")
         for name in ("logprobs", "prompt_logprobs"):

@@ -13,12 +13,10 @@ from octavo.plugins.registry import Plugins
 from octavo.plugins.selection import Selection, choose
 
 if TYPE_CHECKING:
-    from octavo.runtime.device import DeviceInfo
+    from octavo.device import DeviceInfo
 
 
-def start_engine(
-    config: EngineConfig, progress: Callable[[str], None] | None = None
-) -> tuple[Engine, EngineInfo]:
+def start_engine(config: EngineConfig, progress: Callable[[str], None] | None = None) -> tuple[Engine, EngineInfo]:
     """Load the plugins, start the executor that they offer, and put the engine on it.
 
     `progress` is told each phase as it begins. Raises ConfigError, PluginError or CheckpointError.
@@ -62,6 +60,7 @@ def _info(capacity: Capacity, executor: Selection) -> EngineInfo:
     details["backends"] = [executor.as_dict(), *details["backends"]]
     return EngineInfo(
         max_model_len=capacity.max_model_len,
+        max_requests=capacity.max_requests,
         vocab_size=capacity.vocab_size,
         num_blocks=capacity.num_blocks,
         block_size=capacity.block_size,

@@ -75,9 +75,15 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Events(msgspec.Struct, frozen=True, tag=True):
-    """All events of a step; none is a sign of life."""
+    """All events of a step; none is a sign of life.
+
+    `started` maps requests that began to run to the seconds that they waited. `stats` come several times a second, and
+    when the last request has ended.
+    """
 
     events: list[TokenEvent]
+    started: dict[str, float] = {}
+    stats: EngineStats | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
+from octavo.batch import Batch, BatchShape
+from octavo.device import DeviceInfo
 from octavo.kv_cache.interface import KVCache, KVCacheFormat
-from octavo.runtime.batch import Batch, BatchShape
-from octavo.runtime.device import DeviceInfo
 
 API = 1
 
@@ -82,4 +82,7 @@ class AttentionBackend(Protocol):
         lse: torch.Tensor | None = None,
         new: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """Attend: q [T, Hq, D] -> out [T, Hq, D]; lse [T, Hq] float32 natural log; `new` = (k, v) of this step, written."""
+        """Attend: q [T, Hq, D] -> out [T, Hq, D].
+
+        lse [T, Hq] float32 takes the natural log-sum-exp; `new` is this step's (k, v) [T, Hk, D], already written.
+        """

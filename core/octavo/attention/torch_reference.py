@@ -1,7 +1,7 @@
 """The torch reference attention: any device, dtype and KV format, and fast on a CPU.
 
-Decoding requests are gathered from their blocks and attended together; prompts one by one, or together where they are of
-one length. Slots past a request's end may hold any bits (contract C10): keys and values there are zeroed and masked.
+Decoding requests are gathered from their blocks and attended together; prompts one by one, or together where they are
+of one length. Slots past a request's end may hold any bits (contract C10): keys and values there are zeroed and masked.
 It allocates and plans on the host's lengths, so it stays outside CUDA graphs.
 """
 
@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from octavo.attention.interface import AttentionSpec, GraphSupport
+from octavo.batch import Batch, BatchShape
 from octavo.kv_cache.interface import KVCache
-from octavo.runtime.batch import Batch, BatchShape
 
 _WASTE = 0.5  # requests share a gather while the shortest fills at least this part of the longest
 _SCORES_AT_ONCE = 1 << 24  # float32 scores held at a time where the softmax is spelt out
+_MANY_KEYS = 1 << 19  # elements of keys from which batched products beat torch's own attention on a CPU
 
 Lens = Callable[[int], int]
 
@@ -26,7 +27,7 @@ Lens = Callable[[int], int]
 class _Decodes:
     """Requests of one token, gathered together. `rows` None means tokens 0, 1, ..., `count` - 1.
 
-    `gather` [count * Hk * B] indexes heads of pages, `unused` the gathered tokens that no query sees, and `mask`
+    `gather` [count * Hk * B] indexes heads of pages, `unused` the gathered tokens that hold any bits, and `mask`
     [count, 1, 1, length] is added to the scores. Without a mask every query sees the first `length` tokens.
     """
 
@@ -40,8 +41,9 @@ class _Decodes:
 
 @dataclass(frozen=True, slots=True)
 class _Prompts:
-    """`count` requests of `query_len` tokens each, from token `start` on, which see tokens `first` to `end` of `blocks`.
+    """`count` requests of `query_len` tokens each, from token `start` on.
 
+    They see tokens `first` to `end` of `blocks` (in the plain layout: of the heads of pages that `blocks` indexes).
     `fresh` ones have no tokens before these, so that this step's keys and values are all they see. `mask`
     [query_len, end - first] is added to the scores; None is the causal one of a square.
     """
@@ -98,6 +100,7 @@ class TorchAttention:
         self.softcap: float = spec.features.get("softcap") or 0.0
         self.gathers = spec.kv_layout == "plain"
         self.group_size = spec.num_heads // spec.num_kv_heads
+        self.multiplies = spec.device.type == "cpu" and spec.dtype is torch.bfloat16 and not self.softcap
 
     def warmup(self, shapes: list[BatchShape]) -> None:
         """Torch compiles nothing."""
@@ -128,26 +131,37 @@ class TorchAttention:
 
     def _plan_decodes(self, rows: list[int], lens: list[int], table: torch.Tensor) -> _Decodes:
         count, size, device = len(rows), self.spec.block_size, table.device
-        longest = max(self._span(lens[i]) for i in rows)
+        spans = [self._span(lens[i]) for i in rows]
+        longest = max(spans)
+        columns = torch.arange(-(-longest // size), device=device)
         index = None if rows == list(range(count)) else torch.tensor(rows, device=device)
         blocks = table[:count] if index is None else table[index]
         firsts = [self._first_block(lens[i] - 1) for i in rows]
         if any(firsts):
-            columns = torch.tensor(firsts, device=device).view(-1, 1) + torch.arange(-(-longest // size), device=device)
-            blocks = blocks.gather(1, columns.clamp_(max=blocks.shape[1] - 1))
-        blocks = blocks[:, : -(-longest // size)]
-        if all(lens[i] == longest for i in rows) and (self.window is None or longest <= self.window):
+            places = torch.tensor(firsts, device=device).view(-1, 1) + columns
+            blocks = blocks.gather(1, places.clamp_(max=blocks.shape[1] - 1))
+        blocks = blocks[:, : len(columns)]
+        if min(spans) == longest and (self.window is None or longest <= self.window):
             return _Decodes(index, count, longest, self._heads_of(blocks), None, None)
-        length = blocks.shape[1] * size
-        ends = torch.tensor([self._span(lens[i]) for i in rows], device=device).view(-1, 1)
+        ends = torch.tensor(spans, device=device).view(-1, 1)
+        # Past its end a request reads its first block again, whose bits are numbers, and not any bits.
+        blocks = torch.where(columns * size < ends, blocks, blocks[:, :1])
+        length = len(columns) * size
         positions = torch.arange(length, device=device).view(1, -1)
         seen = positions < ends
         if self.window is not None:
             seen &= positions >= ends - self.window
-        unused = (~seen).unsqueeze(1).expand(-1, self.spec.num_kv_heads, -1).reshape(-1).nonzero().view(-1)
-        return _Decodes(
-            index, count, length, self._heads_of(blocks), unused, self._added(seen).view(count, 1, 1, length)
-        )
+        mask = self._added(seen).view(count, 1, 1, length)
+        return _Decodes(index, count, length, self._heads_of(blocks), self._unused(ends, positions), mask)
+
+    def _unused(self, ends: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """Where requests that end at `ends` [R, 1] gather any bits: past the end of a last block or its repeats."""
+        size, num_heads = self.spec.block_size, self.spec.num_kv_heads
+        last = (positions < (ends + size - 1) // size * size) | (positions % size >= ends)
+        requests, places = ((positions >= ends) & last).nonzero(as_tuple=True)
+        heads = torch.arange(num_heads, device=ends.device).view(-1, 1) + requests * num_heads
+        unused = (heads * positions.numel() + places).view(-1)
+        return unused if len(unused) else None
 
     def _plan_prompts(
         self, requests: list[int], lens: list[int], starts: list[int], table: torch.Tensor
@@ -177,7 +191,7 @@ class TorchAttention:
         return plans
 
     def _heads_of(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Where the heads of blocks [R, B] lie among the heads of all pages, [R * Hk * B]: a page is keys, then values."""
+        """Where the heads of blocks [R, B] lie among those of all pages, [R * Hk * B]: a page is keys, then values."""
         num_heads = self.spec.num_kv_heads
         heads = torch.arange(num_heads, device=blocks.device).view(1, -1, 1)
         return (blocks.long().unsqueeze(1) * (2 * num_heads) + heads).reshape(-1)
@@ -223,8 +237,11 @@ class TorchAttention:
         k, v = k[:, :, : plan.length], v[:, :, : plan.length]
         rows = slice(plan.count) if plan.rows is None else plan.rows
         queries = q[rows].view(plan.count, spec.num_kv_heads, self.group_size, spec.head_dim)
-        result, result_lse = self._attend(queries, k, v, plan.mask, False, lse is not None)
-        out[rows] = result.reshape(plan.count, spec.num_heads, spec.head_dim)
+        if self.multiplies and lse is None and k.numel() >= _MANY_KEYS:
+            result, result_lse = self._attend_by_products(queries, k, v, plan.mask), None
+        else:
+            result, result_lse = self._attend(queries, k, v, plan.mask, False, lse is not None)
+        out[rows] = result.reshape(plan.count, spec.num_heads, spec.head_dim).to(out.dtype)
         if lse is not None and result_lse is not None:
             lse[rows] = result_lse.reshape(plan.count, spec.num_heads)
 
@@ -280,6 +297,23 @@ class TorchAttention:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=self.spec.scale, enable_gqa=grouped
         ), None
+
+    def _attend_by_products(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `_attend`, of many requests' few queries: two or three products in all, not two for each head.
+
+        A product rounds its float32 sums to bfloat16, too coarse for scores: a second one gives what the first lost.
+        """
+        queries, keys, values = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+        keys = keys.transpose(1, 2)
+        rounded = torch.bmm(queries, keys)
+        lost = torch.baddbmm(rounded, queries, keys, beta=-1)
+        scores = rounded.float().add_(lost).mul_(self.spec.scale).view(*q.shape[:3], -1)
+        if mask is not None:
+            scores += mask
+        weights = torch.softmax(scores, -1).to(q.dtype)
+        return torch.bmm(weights.view(*rounded.shape), values).view(q.shape)
 
     def _attend_exactly(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool

@@ -14,11 +14,14 @@ class PlainFormat:
 
     @staticmethod
     def why_not(spec: KVSpec, options: object) -> str | None:
-        """Any floating dtype can be held."""
+        """Any floating dtype can be held, in blocks of a power of two."""
+        if spec.block_size.bit_count() != 1:
+            return f"the plain format has blocks of a power of two of tokens, not of {spec.block_size}"
         return None if spec.dtype.is_floating_point else f"the plain format holds floating dtypes, not {spec.dtype}"
 
     def __init__(self, spec: KVSpec, options: object = None) -> None:
         self.spec = spec
+        self.shift = spec.block_size.bit_length() - 1
 
     def page_bytes(self) -> int:
         """Bytes of one block of one layer: 2 Hk block_size D elements."""
@@ -33,11 +36,10 @@ class PlainFormat:
 
     def write(self, kv: KVCache, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """Store k, v [T, Hk, D] at slots [T]; slot -1 lands in the null block, which may hold any bits."""
-        slots = slots.clamp(min=0)
-        blocks = torch.div(slots, self.spec.block_size, rounding_mode="floor")
-        offsets = slots - blocks * self.spec.block_size
-        kv.k[blocks, :, offsets] = k
-        kv.v[blocks, :, offsets] = v
+        slots = slots.clamp_min(0)
+        place = (slots >> self.shift, slice(None), slots & (self.spec.block_size - 1))
+        kv.k[place] = k
+        kv.v[place] = v
 
     def read(self, kv: KVCache, blocks: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first n tokens of blocks [B] as float32 (k, v), each [n, Hk, D]."""

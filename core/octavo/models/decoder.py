@@ -13,7 +13,10 @@ from octavo.models.layers import AttentionLayer, Linear, Ops, StepContext
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer. x is what the last layer added, residual the sum of all before it."""
+    """One layer. x is what the last layer added, residual the sum of all before it in float32.
+
+    A 16-bit sum would round away what each of many layers adds: near ties between tokens would fall either way.
+    """
 
     input_norm: torch.Tensor
     qkv: Linear
@@ -31,7 +34,8 @@ class DecoderLayer:
         """(x, residual) [T, H] of this layer -> those of the next."""
         ops = self.ops
         if residual is None:
-            residual, x = x, ops.rms_norm.rms_norm(x, self.input_norm, self.eps)
+            residual = x.float()
+            x = ops.rms_norm.rms_norm(residual, self.input_norm, self.eps)
         else:
             x, residual = ops.add_rms_norm.add_rms_norm(x, residual, self.input_norm, self.eps)
         x = self.output(self.attention(self.qkv(x), step))

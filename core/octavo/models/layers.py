@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from octavo.attention.interface import AttentionBackend
+from octavo.batch import Batch
 from octavo.distributed.interface import Communicator
 from octavo.kv_cache.interface import KVCache, KVCacheFormat
 from octavo.ops.interface import FusedOps
-from octavo.runtime.batch import Batch
 from octavo.weights.interface import Activation, Matmul
 
 

@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 import torch
 
+from octavo.device import DeviceInfo
 from octavo.kv_cache.interface import KVCache, KVCacheFormat
-from octavo.runtime.device import DeviceInfo
 
 API = 1
 OPS = ("rms_norm", "add_rms_norm", "silu_and_mul", "rotary", "rotary_and_write")
@@ -33,12 +33,18 @@ class FusedOps(Protocol):
         """One sentence when the op cannot be served, else None."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, eq. 4)."""
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, eq. 4).
+
+        The result is in the weight's dtype; x may be float32 beside a narrower weight.
+        """
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rms_norm(x + residual), x + residual), x and residual [T, H]; residual may be overwritten."""
+        """(rms_norm(x + residual), x + residual), x and residual [T, H]; residual may be overwritten.
+
+        The residual may be float32 beside a narrower x, and stays what it is.
+        """
 
     def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
         """silu(x[:, :I]) * x[:, I:], x [T, 2I] -> [T, I]."""
@@ -60,4 +66,4 @@ class FusedOps(Protocol):
         kv: KVCache,
         slots: torch.Tensor,
     ) -> None:
-        """`rotary` of qk [T, Hq + Hk, D] in place, then the write of its last Hk heads and v [T, Hk, D] at slots [T]."""
+        """`rotary` of qk [T, Hq + Hk, D] in place, then the write of its last Hk heads and v [T, Hk, D] at `slots`."""

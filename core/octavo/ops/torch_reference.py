@@ -23,14 +23,16 @@ class TorchOps:
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
-        return F.rms_norm(x, weight.shape, weight, eps)
+        if x.dtype == weight.dtype:
+            return torch.rms_norm(x, weight.shape, weight, eps)
+        return torch.rms_norm(x, weight.shape, None, eps).mul_(weight).to(weight.dtype)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rms_norm(x + residual), x + residual)."""
         residual = residual.add_(x)
-        return F.rms_norm(residual, weight.shape, weight, eps), residual
+        return self.rms_norm(residual, weight, eps), residual
 
     def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
         """silu of the first half times the second."""
@@ -39,9 +41,11 @@ class TorchOps:
 
     def rotary(self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> None:
         """Rotate x [T, heads, D] in place."""
-        cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+        cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
         first, second = x.float().chunk(2, dim=-1)
-        x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+        turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
+        for half, values in zip(x.chunk(2, dim=-1), turned, strict=True):
+            half.copy_(values)
 
     def rotary_and_write(
         self,

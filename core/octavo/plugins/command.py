@@ -13,7 +13,7 @@ from octavo.plugins.kinds import KINDS
 from octavo.plugins.loading import LoadedProvider, Plugins, load_plugins
 
 if TYPE_CHECKING:
-    from octavo.runtime.device import DeviceInfo
+    from octavo.device import DeviceInfo
 
 
 class PluginsCommand:
@@ -100,7 +100,7 @@ def _why(args: Namespace) -> int:
 
 
 def _device(name: str, architecture: re.Match[str] | None) -> "DeviceInfo":
-    from octavo.runtime.device import DeviceInfo, current_device
+    from octavo.device import DeviceInfo, current_device
 
     if architecture:
         return DeviceInfo("cuda", name, (int(architecture[1]), int(architecture[2])))

@@ -1,9 +1,10 @@
 """Text and loose values (from flags, the environment, YAML, keyword arguments) made values of a declared type."""
 
+import json
 import os
 import re
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from fractions import Fraction
 from typing import Any, Union, get_args, get_origin
@@ -91,12 +92,25 @@ def _to_tuple(value: object, source: str, size: bool) -> tuple[str, ...]:
     return tuple(name for entry in entries for name in split_list(entry))
 
 
+def _to_dict(value: object, source: str, size: bool) -> dict[str, Any]:
+    content = value
+    if isinstance(value, str):
+        try:
+            content = json.loads(value)
+        except ValueError:
+            content = None
+    if not isinstance(content, dict):
+        raise _fail(source, value, 'a JSON object, such as {"name": 1}')
+    return content
+
+
 _CONVERTERS: dict[Any, Callable[[object, str, bool], Any]] = {
     bool: _to_bool,
     int: _to_int,
     float: _to_float,
     str: _to_str,
     tuple: _to_tuple,
+    Mapping: _to_dict,
 }
 
 
@@ -109,7 +123,7 @@ def base_type(hint: Any) -> tuple[Any, bool]:
 
 
 def convert(value: object, hint: Any, source: str, size: bool = False) -> Any:
-    """Make `value` one of type `hint`: bool, int, float, str, tuple[str, ...], or one of these or None.
+    """Make `value` one of type `hint`: bool, int, float, str, tuple[str, ...], Mapping, or one of these or None.
 
     `source` names the value in errors; `size` allows suffixes such as 32k. Raises ConfigError.
     """
@@ -117,7 +131,8 @@ def convert(value: object, hint: Any, source: str, size: bool = False) -> Any:
     if optional and (value is None or (isinstance(value, str) and _means_none(value, base))):
         return None
     if base not in _CONVERTERS:
-        raise ConfigError(f"{source} has type {hint}, which text cannot give: only bool, int, float, str and tuple.")
+        known = "bool, int, float, str, tuple and Mapping"
+        raise ConfigError(f"{source} has type {hint}, which text cannot give: only {known}.")
     return _CONVERTERS[base](value, source, size)
 
 

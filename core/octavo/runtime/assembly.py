@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 
+from octavo.attention.combinators import PhaseSelection, by_phase
 from octavo.attention.interface import AttentionSpec
 from octavo.config import EngineConfig
+from octavo.device import DeviceInfo
 from octavo.engine.block_manager import KVGroup
-from octavo.errors import CheckpointError, ConfigError
+from octavo.errors import CheckpointError, ConfigError, PluginError
 from octavo.kv_cache.interface import KVCacheFormat, KVSpec
 from octavo.models.config import DecoderConfig
 from octavo.models.decoder import Decoder
 from octavo.ops.interface import OPS, OpSpec
 from octavo.plugins.registry import LoadedProvider, Plugins
 from octavo.plugins.selection import Selection, choose
-from octavo.runtime.device import DeviceInfo
 from octavo.weights.interface import Matmul, MatmulSpec, WeightFormat
 
 DTYPES = {
@@ -39,7 +40,10 @@ class Limits:
 
 @dataclass(slots=True)
 class Assembly:
-    """A model's class and shape, its limits, and the providers selected for it. `layer_groups[i]` is layer i's KV group."""
+    """A model's class and shape, its limits, and the providers selected for it.
+
+    `layer_groups[i]` is layer i's KV group.
+    """
 
     plugins: Plugins
     config: EngineConfig
@@ -85,9 +89,8 @@ def assemble(config: EngineConfig, plugins: Plugins, checkpoint: Mapping[str, An
     dtype = _dtype(config, checkpoint, device)
     kv_spec = KVSpec(model.num_kv_heads, model.head_dim, config.block_size, dtype)
     named = () if config.kv_cache_dtype == "auto" else (config.kv_cache_dtype,)
-    weights = choose(
-        plugins, "weights", checkpoint, (config.quantization,) if config.quantization else (), build_reason=_claims(checkpoint)
-    )
+    quantization = (config.quantization,) if config.quantization else ()
+    weights = choose(plugins, "weights", checkpoint, quantization, build_reason=_claims(checkpoint))
     kv = choose(plugins, "kv_cache", kv_spec, named)
     windows = list(dict.fromkeys(model.windows))
     assembly = Assembly(
@@ -147,15 +150,16 @@ def _limits(config: EngineConfig, model: DecoderConfig, device: DeviceInfo) -> L
     longest = config.max_model_len or model.max_position
     if longest > model.max_position:
         raise ConfigError(
-            f"max_model_len is {longest}, but the model's positions end at {model.max_position}. Ask for no more than that."
+            f"max_model_len is {longest}, but the model's positions end at {model.max_position}. "
+            "Ask for no more than that."
         )
     max_requests = config.max_num_seqs or DEFAULT_MAX_REQUESTS
     max_tokens = config.max_num_batched_tokens or max(DEFAULT_MAX_TOKENS[device.type], max_requests)
     if not config.enable_chunked_prefill:
         if config.max_num_batched_tokens and max_tokens < longest:
             raise ConfigError(
-                f"max_num_batched_tokens is {max_tokens}, but without chunked prefill a step must hold a whole prompt of "
-                f"max_model_len ({longest}) tokens. Raise the one, lower the other, or allow chunked prefill."
+                f"max_num_batched_tokens is {max_tokens}, but without chunked prefill a step must hold a whole prompt "
+                f"of max_model_len ({longest}) tokens. Raise the one, lower the other, or allow chunked prefill."
             )
         max_tokens = max(max_tokens, longest)
     return Limits(max_requests, max_tokens, longest)
@@ -181,8 +185,28 @@ def _choose_attention(assembly: Assembly) -> None:
     for group, kv_group in enumerate(assembly.groups):
         features = {} if kv_group.window is None else {"window": kv_group.window}
         own = replace(spec, group=group, features=features)
-        selection = assembly._choose("attention", own, config.attention_backend, build_reason=_reads_layout(own))
-        assembly.attention.append((selection, own))
+        assembly.attention.append((_choose_for_group(assembly, own), own))
+
+
+def _choose_for_group(assembly: Assembly, spec: AttentionSpec) -> Selection:
+    """One backend for all batches, or two joined where the configuration names one for decode or for prefill."""
+    config = assembly.config
+    by_name = {"decode": config.decode_attention_backend, "prefill": config.prefill_attention_backend}
+    if not any(by_name.values()):
+        return assembly._choose("attention", spec, config.attention_backend, build_reason=_reads_layout(spec))
+    decode, prefill = (_choose_for_phase(assembly, spec, phase, named) for phase, named in by_name.items())
+    return replace(decode, cls=by_phase(decode.cls, prefill.cls, decode.options, prefill.options), options=None)
+
+
+def _choose_for_phase(assembly: Assembly, spec: AttentionSpec, phase: str, named: tuple[str, ...]) -> Selection:
+    """The backend that is named for the phase, else as for all batches. Raises PluginError."""
+    requested = named or assembly.config.attention_backend
+    try:
+        selection = assembly._choose("attention", spec, requested, build_reason=_reads_layout(spec))
+    except PluginError as error:
+        raise PluginError(f"For {phase} (--{phase}-attention-backend): {error}") from error
+    assembly.selections[-1] = PhaseSelection.of(selection, phase)
+    return selection
 
 
 def _reads_layout(spec: AttentionSpec) -> Any:

@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from octavo.batch import Batch, BatchShape
 from octavo.engine.step import StepInput
-from octavo.runtime.batch import Batch, BatchShape
 from octavo.runtime.rows import Row
 
 Ints = npt.NDArray[np.int32]
@@ -18,7 +18,13 @@ class BatchBuffers:
     """
 
     def __init__(
-        self, max_requests: int, max_tokens: int, max_blocks: int, block_size: int, num_groups: int, device: torch.device
+        self,
+        max_requests: int,
+        max_tokens: int,
+        max_blocks: int,
+        block_size: int,
+        num_groups: int,
+        device: torch.device,
     ) -> None:
         def ints(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)

@@ -1,18 +1,19 @@
 """The runner: applies a StepInput to the device's state, runs the model, samples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from octavo.attention.interface import AttentionBackend
+from octavo.batch import Batch
 from octavo.engine.step import BlockCopy, PromptLogprobs, SampledToken, StepInput, StepOutput
 from octavo.kv_cache.interface import KVCache
 from octavo.models.decoder import Decoder
 from octavo.models.layers import StepContext
-from octavo.runtime.batch import Batch
 from octavo.runtime.buffers import BatchBuffers
+from octavo.runtime.failures import named_failures
 from octavo.runtime.rows import Row
 from octavo.runtime.sampler import sample, token_logprobs
 
@@ -30,7 +31,10 @@ class Computed:
 
 
 class Runner:
-    """One rank's model, caches and rows. Called by one thread, in the order of the steps."""
+    """One rank's model, caches and rows. Called by one thread, in the order of the steps.
+
+    `provider_names` says in messages whose class is whose.
+    """
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class Runner:
         buffers: BatchBuffers,
         vocab_size: int,
         eos_token_ids: frozenset[int],
+        provider_names: Mapping[type, str],
     ) -> None:
         self.model = model
         self.backends = backends
@@ -49,15 +54,17 @@ class Runner:
         self.buffers = buffers
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
+        self.provider_names = provider_names
         self.rows: dict[int, Row] = {}
 
     @torch.inference_mode()
     def submit(self, step: StepInput) -> Computed:
-        """Take over the step's changes and compute its hidden states."""
+        """Take over the step's changes and compute its hidden states. Raises StepError."""
         self._apply(step)
         batch = self.buffers.prepare(step, self.rows)
-        plans: tuple[Any, ...] = tuple(backend.plan(batch) for backend in self.backends)
-        hidden = self.model.forward(StepContext(batch, plans, self.caches))
+        with named_failures(self.provider_names, self.model.layers, batch.shape):
+            plans: tuple[Any, ...] = tuple(backend.plan(batch) for backend in self.backends)
+            hidden = self.model.forward(StepContext(batch, plans, self.caches))
         return Computed(step, batch, hidden, dict(self.rows))
 
     def _apply(self, step: StepInput) -> None:
@@ -89,20 +96,23 @@ class Runner:
 
     @torch.inference_mode()
     def sample(self, computed: Computed) -> StepOutput:
-        """Sample the step's rows, and leave each one's token on the device as its next input."""
+        """Sample the step's rows, and leave each one's token on the device as its next input. Raises StepError."""
+        with named_failures(self.provider_names, (), computed.batch.shape):
+            return StepOutput(computed.step.step_id, self._sample(computed), self._prompt_logprobs(computed))
+
+    def _sample(self, computed: Computed) -> list[SampledToken]:
         step = computed.step
-        tokens: list[SampledToken] = []
-        if step.samples:
-            logits = self._logits(computed.hidden[computed.batch.sample_index])
-            rows = [computed.rows[sample.row] for sample in step.samples]
-            sampled = sample(logits, rows, [sample.position for sample in step.samples])
-            index = torch.tensor([sample.row for sample in step.samples], device=logits.device)
-            self.buffers.last_token[index] = sampled.token_ids.int()
-            tokens = [
-                SampledToken(s.row, s.generation, token, logprob)
-                for s, token, logprob in zip(step.samples, sampled.token_ids.tolist(), sampled.logprobs, strict=True)
-            ]
-        return StepOutput(step.step_id, tokens, self._prompt_logprobs(computed))
+        if not step.samples:
+            return []
+        logits = self._logits(computed.hidden[computed.batch.sample_index])
+        rows = [computed.rows[sample.row] for sample in step.samples]
+        sampled = sample(logits, rows, [sample.position for sample in step.samples])
+        index = torch.tensor([sample.row for sample in step.samples], device=logits.device)
+        self.buffers.last_token[index] = sampled.token_ids.int()
+        return [
+            SampledToken(s.row, s.generation, token, logprob)
+            for s, token, logprob in zip(step.samples, sampled.token_ids.tolist(), sampled.logprobs, strict=True)
+        ]
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [S, V] of the whole vocabulary."""

@@ -115,7 +115,7 @@ def _add_to_counts(rows: Sequence[Row], token_ids: torch.Tensor) -> None:
 def token_logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, asked: Sequence[int | None]
 ) -> list[TokenLogprob | None]:
-    """Logprobs of the model's own distribution: of token i in row i of logits [S, V], and of the `asked[i]` likeliest."""
+    """Logprobs of the model's own distribution: of token i in row i of logits [S, V], and the `asked[i]` likeliest."""
     wanted = [i for i, number in enumerate(asked) if number is not None]
     result: list[TokenLogprob | None] = [None] * len(asked)
     if not wanted:

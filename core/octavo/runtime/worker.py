@@ -13,6 +13,7 @@ from octavo.attention.interface import AttentionBackend
 from octavo.checkpoints import open_model
 from octavo.checkpoints.interface import CheckpointReader
 from octavo.config import EngineConfig
+from octavo.device import current_device
 from octavo.distributed.interface import Communicator
 from octavo.engine.executor import Capacity
 from octavo.errors import ConfigError
@@ -21,11 +22,11 @@ from octavo.models.builder import ModelBuilder
 from octavo.models.config import rope_table
 from octavo.models.decoder import Decoder
 from octavo.models.layers import AttentionLayer, Ops
+from octavo.plugins.kinds import KINDS
 from octavo.plugins.registry import Plugins
 from octavo.plugins.selection import choose
 from octavo.runtime.assembly import Assembly, assemble
 from octavo.runtime.buffers import BatchBuffers
-from octavo.runtime.device import current_device
 from octavo.runtime.runner import Runner
 from octavo.weights.loader import WeightLoader
 
@@ -75,6 +76,7 @@ def start_worker(config: EngineConfig, plugins: Plugins, tell: Callable[[str], N
         model = _build_model(assembly, backends, reader, communicator)
         eos_token_ids = _eos_token_ids(reader)
         generation_config = dict(reader.generation_config)
+        weight_bytes = _weight_bytes(reader, assembly.dtype)
         reader.close()
     with phases.phase("allocating the KV cache"):
         caches, num_blocks = _allocate(assembly)
@@ -85,14 +87,18 @@ def start_worker(config: EngineConfig, plugins: Plugins, tell: Callable[[str], N
         "device": device.name,
         "backends": [selection.as_dict() for selection in assembly.selections],
         "startup_seconds": phases.seconds,
+        "memory": {
+            "weights": weight_bytes,
+            "KV cache": num_blocks * _block_bytes(assembly),
+            "attention": _attention_bytes(assembly),
+        },
         "generation_config": generation_config,
+        "kv_bytes_per_token": _block_bytes(assembly) / config.block_size,
     }
     return Worker(runner, _capacity(assembly, num_blocks, eos_token_ids, details))
 
 
-def _capacity(
-    assembly: Assembly, num_blocks: int, eos_token_ids: frozenset[int], details: dict[str, Any]
-) -> Capacity:
+def _capacity(assembly: Assembly, num_blocks: int, eos_token_ids: frozenset[int], details: dict[str, Any]) -> Capacity:
     limits = assembly.limits
     return Capacity(
         num_blocks=num_blocks,
@@ -146,9 +152,25 @@ def _build_model(
     total = sum(info.dtype.itemsize * torch.Size(info.shape).numel() for info in reader.tensors().values())
     hidden = not assembly.config.progress or not total
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", leave=False, disable=hidden) as bar:
-        loader = WeightLoader(reader, assembly.dtype, device, communicator.rank, communicator.size, lambda n: bar.update(n))
+        rank, size = communicator.rank, communicator.size
+        loader = WeightLoader(reader, assembly.dtype, device, rank, size, lambda n: bar.update(n))
         build = ModelBuilder(loader, assembly.weight_format, ops, communicator, assembly.matmul, attention_layer)
         return assembly.model_class(model, build)
+
+
+def _weight_bytes(reader: CheckpointReader, dtype: torch.dtype) -> int:
+    """What the checkpoint's tensors take once loaded: floating-point ones in the model's dtype."""
+    sizes = ((torch.Size(one.shape).numel(), one.dtype) for one in reader.tensors().values())
+    return sum(
+        count * (dtype if kind.is_floating_point and kind.itemsize > 1 else kind).itemsize for count, kind in sizes
+    )
+
+
+def _attention_bytes(assembly: Assembly) -> int:
+    """The scratch that attention backends share, and what each keeps for itself."""
+    asked = [(one.cls, spec, one.options) for one, spec in assembly.attention]
+    scratch = max(cls.scratch_bytes(spec, options) for cls, spec, options in asked)
+    return int(scratch + sum(cls.persistent_bytes(spec, options) for cls, spec, options in asked))
 
 
 def _eos_token_ids(reader: CheckpointReader) -> frozenset[int]:
@@ -171,6 +193,12 @@ def _allocate(assembly: Assembly) -> tuple[tuple[KVCache, ...], int]:
     device = assembly.device.torch_device
     raw = [torch.empty(num_blocks, page_bytes, dtype=torch.uint8, device=device) for _ in range(num_places)]
     return tuple(assembly.cache_format.view(raw[place]) for place in places), num_blocks
+
+
+def _block_bytes(assembly: Assembly) -> int:
+    """Bytes of a block: a page for each layer of the largest group."""
+    groups = assembly.layer_groups
+    return int(assembly.cache_format.page_bytes()) * max(map(groups.count, groups))
 
 
 def _num_blocks(assembly: Assembly, block_bytes: int) -> int:
@@ -213,4 +241,20 @@ def _runner(
         len(assembly.groups),
         assembly.device.torch_device,
     )
-    return Runner(model, backends, caches, assembly.layer_groups, buffers, assembly.model.vocab_size, eos_token_ids)
+    return Runner(
+        model,
+        backends,
+        caches,
+        assembly.layer_groups,
+        buffers,
+        assembly.model.vocab_size,
+        eos_token_ids,
+        _provider_names(assembly, backends),
+    )
+
+
+def _provider_names(assembly: Assembly, backends: list[AttentionBackend]) -> dict[type, str]:
+    """Each class that a step runs through, with its provider; a factory's product may be of another class than it."""
+    classes = [(one.cls, one) for one in assembly.selections]
+    classes += [(type(backend), one) for backend, (one, _) in zip(backends, assembly.attention, strict=True)]
+    return {cls: f"The {KINDS[one.kind].title} {one.chosen.name!r}" for cls, one in classes}

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from octavo.runtime.device import DeviceInfo
+from octavo.device import DeviceInfo
 
 FORMAT_API = 1
 MATMUL_API = 1

@@ -57,7 +57,9 @@ class WeightLoader:
         if info is None:
             raise CheckpointError(f"The checkpoint has no tensor {name!r}, which the model needs.")
         if info.shape != shape:
-            raise CheckpointError(f"Tensor {name!r} has shape {list(info.shape)}, but config.json asks for {list(shape)}.")
+            raise CheckpointError(
+                f"Tensor {name!r} has shape {list(info.shape)}, but config.json asks for {list(shape)}."
+            )
         if dtype is not None and info.dtype != dtype:
             raise CheckpointError(f"Tensor {name!r} is {info.dtype}, but its format stores {dtype}.")
         tensor = self.reader.read(name)

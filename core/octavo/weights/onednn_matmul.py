@@ -1,7 +1,7 @@
 """A CPU matmul on oneDNN with weights reordered once, for AVX512-BF16 and AMX.
 
-Torch's own linear hands oneDNN a plain weight, which it reorders on every call: with few tokens that costs as much as the
-product. A weight in oneDNN's blocked layout is read once.
+Torch's own linear hands oneDNN a plain weight, which it reorders on every call: with few tokens that costs as much as
+the product. A weight in oneDNN's blocked layout is read once.
 """
 
 import torch
@@ -14,9 +14,7 @@ _TYPICAL_TOKENS = 1  # the layout is chosen for decoding, and measured no worse 
 def _supported() -> bool:
     mkldnn = torch.ops.mkldnn
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and all(
-        hasattr(mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
-    )
+    return available and all(hasattr(mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
 
 
 class OneDNNMatmul:

@@ -1,0 +1,104 @@
+"""From StepInputs to batches: what a step's tensors hold, and what a fork in the middle of an answer takes over."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from octavo.batch import Batch
+from octavo.engine.step import BlockCopy, ForkRow, NewRow, SampleRow, ScheduledRow, StepInput, TableChange
+from octavo.runtime.buffers import BatchBuffers
+from octavo.runtime.rows import Row
+from octavo.runtime.runner import Runner
+from octavo.sampling_params import SamplingParams
+from tiny_models import GREEDY, Reference, start
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 8
+
+
+def new_row(row: int, token_ids: list[int], blocks: list[list[int]], params: SamplingParams = GREEDY) -> NewRow:
+    return NewRow(row, 0, token_ids, len(token_ids), blocks, params, 0, 0)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Row 2 decodes at position 9; row 0 computes positions 6 to 9 of its ten tokens; two KV groups."""
+    buffers = BatchBuffers(4, 32, 4, BLOCK_SIZE, 2, CPU)
+    rows = {}
+    for new in (new_row(0, [*range(50, 60)], [[3, 4], [0, 7]]), new_row(2, [*range(70, 79)], [[5, 6], [8, 9]])):
+        rows[new.row] = Row.start(new, 100, frozenset(), CPU)
+        for group, blocks in enumerate(new.blocks):
+            buffers.set_table(group, new.row, 0, blocks)
+    buffers.last_token[2] = 99
+    scheduled = [ScheduledRow(2, 0, 9, 1), ScheduledRow(0, 0, 6, 4)]
+    samples = [SampleRow(0, 0, 0, 10), SampleRow(2, 0, 2, 10), SampleRow(1, 0, 0, 10)]
+    return buffers.prepare(StepInput(0, rows=scheduled, samples=samples), rows)
+
+
+def test_batch_holds_the_step(batch: Batch) -> None:
+    assert batch.token_ids.tolist() == [99, 56, 57, 58, 59]
+    assert batch.positions.tolist() == [9, 6, 7, 8, 9]
+    assert batch.query_start.tolist() == batch.query_start_host == [0, 1, 5]
+    assert batch.seq_lens.tolist() == batch.seq_lens_host == [10, 10]
+    assert batch.row_index.tolist() == [2, 0]
+    assert [table.tolist() for table in batch.block_tables] == [[[5, 6], [3, 4]], [[8, 9], [0, 7]]]
+    assert [slots.tolist() for slots in batch.slots] == [[49, 30, 31, 32, 33], [73, 6, 7, 56, 57]]
+    assert batch.sample_index.tolist() == [4, 0, 4]
+    shape = batch.shape
+    assert (shape.num_tokens, shape.num_requests, shape.max_query_len, shape.num_decodes) == (5, 2, 4, 1)
+
+
+def test_batch_has_the_dtypes_of_the_contract(batch: Batch) -> None:
+    ints = (batch.token_ids, batch.positions, batch.query_start, batch.seq_lens, batch.row_index, batch.sample_index)
+    assert {tensor.dtype for tensor in (*ints, *batch.block_tables)} == {torch.int32}
+    assert {slots.dtype for slots in batch.slots} == {torch.int64}
+
+
+@pytest.fixture
+def runner(llama: Reference) -> Iterator[Runner]:
+    engine = start(llama.path)
+    executor: Any = engine._executor
+    yield executor.runner
+    engine.shutdown()
+
+
+def test_fork_in_the_middle_goes_on_alike(llama: Reference, runner: Runner) -> None:
+    """A row that decodes is forked, as beams are: both rows give the reference's tokens from there on."""
+    prompt, tokens = llama.prompts[8], llama.tokens[8]
+    length, row, fork = len(prompt), 0, 5
+
+    def step(number: int, **changes: Any) -> list[int]:
+        output = runner.sample(runner.submit(StepInput(number, **changes)))
+        return [token.token_id for token in output.tokens]
+
+    def decode(rows: list[int], position: int) -> dict[str, Any]:
+        return {
+            "rows": [ScheduledRow(one, 0, position, 1) for one in rows],
+            "samples": [SampleRow(one, 0, one, position + 1) for one in rows],
+        }
+
+    first = {"rows": [ScheduledRow(row, 0, 0, length)], "samples": [SampleRow(row, 0, row, length)]}
+    assert step(0, new_rows=[new_row(row, prompt, [[1, 2, 3]])], **first) == tokens[:1]
+    assert step(1, **decode([row], length)) == tokens[1:2]
+    # The fork shares block 1 and gets a copy of block 2, which both go on to write.
+    fork_changes = {
+        "forks": [ForkRow(row, fork, 0, 1)],
+        "table_changes": [TableChange(fork, 0, 1, [4, 5])],
+        "copies": [BlockCopy(0, 2, 4)],
+    }
+    assert step(2, **fork_changes, **decode([row, fork], length + 1)) == [tokens[2]] * 2
+    for number in range(3, 12):
+        assert step(number, **decode([row, fork], length + number - 1)) == [tokens[number]] * 2
+
+
+def test_set_tokens_replaces_the_sampled_token(llama: Reference, runner: Runner) -> None:
+    """What the host puts in a row's place is what the row goes on from."""
+    prompt, tokens = llama.prompts[8], llama.tokens[8]
+    length = len(prompt)
+    new, rows = new_row(0, prompt[:-1], [[1, 2, 3]]), [ScheduledRow(0, 0, 0, length - 1)]
+    runner.sample(runner.submit(StepInput(0, new_rows=[new], rows=rows)))
+    rows, samples = [ScheduledRow(0, 0, length - 1, 1)], [SampleRow(0, 0, 0, length)]
+    step = StepInput(1, set_tokens=[(0, prompt[-1])], rows=rows, samples=samples)
+    output = runner.sample(runner.submit(step))
+    assert [token.token_id for token in output.tokens] == tokens[:1]
