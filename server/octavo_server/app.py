@@ -1,36 +1,56 @@
-"""The HTTP routes: OpenAI's completions and chat, models, health and version."""
+"""The HTTP routes: OpenAI's completions and chat, models, tokens, and what tells of the server itself."""
 
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from fastapi import FastAPI, Request, Response
 from octavo import __version__
 from octavo.async_engine import AsyncEngine
 from octavo.errors import OctavoError
 
-from octavo_server import problems
+from octavo_server import problems, tokens
+from octavo_server.api_settings import ApiSettings, read_chat_template
+from octavo_server.backends import describe_backends
+from octavo_server.fields import UnknownFieldsWarned
 from octavo_server.forms import ChatForm, CompletionForm, Form
-from octavo_server.jobs import Job, chat_job, check_reason, completion_job
+from octavo_server.jobs import Api, Job, chat_job, check_reason, completion_job
+from octavo_server.metrics import Metrics
 from octavo_server.problems import NotReadyError, UnknownModelError
-from octavo_server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from octavo_server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    TokenizeRequest,
+)
 from octavo_server.responses import JSON, envelope, usage
 from octavo_server.streaming import DONE, EventStream, JSONAnswer, event, while_connected
 
 _CLIENT_LEFT = 499  # seen by nobody but an access log
 
 
-def create_app(engine: AsyncEngine, served_names: Sequence[str] = (), *, created: int = 0) -> FastAPI:
+def create_app(
+    engine: AsyncEngine, served_names: Sequence[str] = (), *, created: int = 0, settings: ApiSettings | None = None
+) -> FastAPI:
     """The server's ASGI application over an engine, which may still be starting.
 
     `served_names` are the model's names (default: the engine's own); `created` is the model's date in /v1/models.
+    Raises ConfigError for a chat template that cannot be read.
     """
+    settings = settings or ApiSettings()
+    api = Api(engine, settings, read_chat_template(settings))
     app = FastAPI(title="Octavo", version=__version__)
     problems.install(app)
-    _add_status_routes(app, engine)
+    if settings.unknown_fields == "warn":
+        app.add_middleware(UnknownFieldsWarned)
 
     def names() -> list[str]:
         return list(served_names) or [engine.info.model]
+
+    _add_status_routes(app, engine)
+    _add_facts_routes(app, engine, Metrics(engine, lambda: names()[0]), settings)
+    _add_token_routes(app, api, names)
+    _add_generation_routes(app, api, names)
 
     @app.get("/v1/models")
     async def models() -> JSONAnswer:
@@ -38,21 +58,54 @@ def create_app(engine: AsyncEngine, served_names: Sequence[str] = (), *, created
         _check_ready(engine)
         return JSONAnswer({"object": "list", "data": [_card(engine, name, names()[0], created) for name in names()]})
 
+    return app
+
+
+def _add_generation_routes(app: FastAPI, api: Api, names: Callable[[], list[str]]) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Complete a text or token ids."""
-        model = _model(engine, body, names)
-        job = await completion_job(engine, body, model, _request_id(body, request))
+        model = _model(api.engine, body.model, names)
+        job = await completion_job(api, body, model, _request_id(body, request))
         return await _answer(request, body, job, CompletionForm(job, body))
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        model = _model(engine, body, names)
-        job = await chat_job(engine, body, model, _request_id(body, request))
+        model = _model(api.engine, body.model, names)
+        job = await chat_job(api, body, model, _request_id(body, request))
         return await _answer(request, body, job, ChatForm(job, body))
 
-    return app
+
+def _add_token_routes(app: FastAPI, api: Api, names: Callable[[], list[str]]) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> JSONAnswer:
+        """Token ids of a text or of a conversation."""
+        _model(api.engine, body.model, names)
+        return JSONAnswer(await tokens.tokenize(api, body))
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> JSONAnswer:
+        """The text of token ids."""
+        _model(api.engine, body.model, names)
+        return JSONAnswer(await tokens.detokenize(api, body))
+
+
+def _add_facts_routes(app: FastAPI, engine: AsyncEngine, metrics: Metrics, settings: ApiSettings) -> None:
+    if not settings.disable_log_stats:
+        engine.observer = metrics
+
+    @app.get("/v1/backends")
+    async def backends() -> JSONAnswer:
+        """Which provider serves what, and why not the others."""
+        _check_ready(engine)
+        return JSONAnswer(describe_backends(engine.info))
+
+    @app.get("/metrics")
+    async def show_metrics(request: Request) -> Response:
+        """Counters, gauges and histograms for Prometheus."""
+        content, media_type = metrics.render(request.headers.get("accept", ""))
+        return Response(content, media_type=media_type)
 
 
 def _add_status_routes(app: FastAPI, engine: AsyncEngine) -> None:
@@ -94,15 +147,15 @@ def _check_ready(engine: AsyncEngine) -> None:
         raise NotReadyError(f"The engine is not ready yet: {engine.phase}. Try again in a moment.")
 
 
-def _model(engine: AsyncEngine, body: GenerationRequest, names: Any) -> str:
+def _model(engine: AsyncEngine, asked: str | None, names: Callable[[], list[str]]) -> str:
     _check_ready(engine)
-    known: list[str] = names()
-    if body.model is None:
+    known = names()
+    if asked is None:
         return known[0]
-    if body.model not in known:
+    if asked not in known:
         served = ", ".join(map(repr, known))
-        raise UnknownModelError(f"The model {body.model!r} is not served here; this server has {served}.", "model")
-    return body.model
+        raise UnknownModelError(f"The model {asked!r} is not served here; this server has {served}.", "model")
+    return asked
 
 
 def _request_id(body: GenerationRequest, request: Request) -> str | None:
@@ -119,7 +172,7 @@ async def _answer(request: Request, body: GenerationRequest, job: Job, form: For
 async def _events(body: GenerationRequest, job: Job, form: Form) -> AsyncGenerator[bytes, None]:
     """The events of a stream. An error after the start is an event too: the status is already sent."""
     options = body.stream_options
-    tell = options is not None and options.include_usage
+    tell = job.api.settings.enable_force_include_usage or (options is not None and options.include_usage)
     always = options is not None and options.continuous_usage_stats
     num_completion = num_cached = 0
     try:
@@ -130,8 +183,8 @@ async def _events(body: GenerationRequest, job: Job, form: Form) -> AsyncGenerat
                 num_cached += delta.num_cached_tokens or 0
                 counts = usage(job.num_prompt_tokens, num_completion, num_cached) if always else None
                 more = {"usage": counts} if tell or always else {}
-                for choice in form.pieces(prompt, delta, delta.prompt_logprobs):
-                    yield event(envelope(job, form.chunk_kind, [choice], **more))
+                for chunk in form.chunks(prompt, delta, **more):
+                    yield event(chunk)
         if tell:
             counts = usage(job.num_prompt_tokens, num_completion, num_cached)
             yield event(envelope(job, form.chunk_kind, [], usage=counts))

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from octavo.output_processor import Delta
 from octavo.outputs import RequestOutput, TokenLogprobs
 
 from octavo_server.jobs import Job
+from octavo_server.prompts import is_one
 from octavo_server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from octavo_server.responses import (
     JSON,
@@ -42,11 +44,8 @@ class Form(Protocol):
     def whole(self, outputs: Sequence[RequestOutput]) -> JSON:
         """The answer that is not streamed."""
 
-    def pieces(self, prompt: int, part: Part, known_prompt: Sequence[TokenLogprobs | None] | None) -> list[JSON]:
-        """The choices to stream for what choice `part.index` of prompt number `prompt` gained, a chunk each.
-
-        `known_prompt` holds the prompt's logprobs, with the prompt's first part.
-        """
+    def chunks(self, prompt: int, delta: Delta, **more: Any) -> list[JSON]:
+        """The chunks to stream for what a choice of prompt number `prompt` gained; `more` stands in each of them."""
 
 
 class CompletionForm:
@@ -57,28 +56,30 @@ class CompletionForm:
     def __init__(self, job: Job, body: CompletionRequest) -> None:
         self._job = job
         self._body = body
-        self._tokenizer = job.engine.tokenizer
+        self._tokenizer = job.api.engine.tokenizer
         self._echoes = _echoes(job, body) if body.echo else None
         self._prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = {}
         self._offsets: dict[tuple[int, int], int] = {}
+        self._told: set[int] = set()
 
     def whole(self, outputs: Sequence[RequestOutput]) -> JSON:
         """The answer that is not streamed."""
-        choices = []
-        for prompt, output in enumerate(outputs):
-            for choice in output.outputs:
-                entry = self._choice(prompt, choice, output.prompt_logprobs)
-                if self._body.prompt_logprobs is not None:
-                    entry["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
-                if self._body.return_token_ids:
-                    entry["prompt_token_ids"] = output.prompt_token_ids
-                choices.append(entry)
-        return envelope(self._job, "text_completion", choices, usage=total_usage(outputs))
+        choices = [
+            self._choice(prompt, choice, output.prompt_logprobs)
+            | _about_prompt(self._body, output.prompt_token_ids, output.prompt_logprobs)
+            for prompt, output in enumerate(outputs)
+            for choice in output.outputs
+        ]
+        return envelope(self._job, self.chunk_kind, choices, usage=total_usage(outputs))
 
-    def pieces(self, prompt: int, part: Part, known_prompt: Sequence[TokenLogprobs | None] | None) -> list[JSON]:
-        """The choice to stream, if there is something to show."""
-        choice = self._choice(prompt, part, known_prompt)
-        return [choice] if _worth_sending(self._body, choice["text"], choice) else []
+    def chunks(self, prompt: int, delta: Delta, **more: Any) -> list[JSON]:
+        """The chunk to stream, if there is something to show; the prompt's own facts stand in its first choice."""
+        choice = self._choice(prompt, delta, delta.prompt_logprobs)
+        if prompt not in self._told:
+            self._told.add(prompt)
+            choice |= _about_prompt(self._body, self._job.prompts[prompt], delta.prompt_logprobs)
+        worth = _worth_sending(self._body, choice["text"], choice)
+        return [envelope(self._job, self.chunk_kind, [choice], **more)] if worth else []
 
     def _choice(self, prompt: int, part: Part, known_prompt: Sequence[TokenLogprobs | None] | None) -> JSON:
         if known_prompt is not None:
@@ -115,31 +116,32 @@ class ChatForm:
     def __init__(self, job: Job, body: ChatRequest) -> None:
         self._job = job
         self._body = body
+        self._role = job.api.settings.response_role
         self._started: set[int] = set()
 
     def whole(self, outputs: Sequence[RequestOutput]) -> JSON:
         """The answer that is not streamed."""
         (output,) = outputs
         choices = [
-            self._choice(part, "message", {"role": "assistant", "content": part.text, "refusal": None})
+            self._choice(part, "message", {"role": self._role, "content": part.text, "refusal": None})
             for part in output.outputs
         ]
-        more: JSON = {"usage": total_usage(outputs)}
-        if self._body.prompt_logprobs is not None:
-            more["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
-        if self._body.return_token_ids:
-            more["prompt_token_ids"] = output.prompt_token_ids
-        return envelope(self._job, "chat.completion", choices, **more)
+        about = _about_prompt(self._body, output.prompt_token_ids, output.prompt_logprobs)
+        return envelope(self._job, "chat.completion", choices, usage=total_usage(outputs), **about)
 
-    def pieces(self, prompt: int, part: Part, known_prompt: Sequence[TokenLogprobs | None] | None) -> list[JSON]:
-        """The choices to stream: the role first, once."""
-        pieces = []
-        if part.index not in self._started:
-            self._started.add(part.index)
-            delta = {"role": "assistant", "content": ""}
-            pieces.append({"index": part.index, "delta": delta, "logprobs": None, "finish_reason": None})
-        choice = self._choice(part, "delta", {"content": part.text} if part.text else {})
-        return [*pieces, choice] if _worth_sending(self._body, part.text, choice) else pieces
+    def chunks(self, prompt: int, delta: Delta, **more: Any) -> list[JSON]:
+        """The chunks to stream: a choice's role first, once; the prompt's own facts in the first of all."""
+        chunks = []
+        if delta.index not in self._started:
+            about = {} if self._started else _about_prompt(self._body, self._job.prompts[0], delta.prompt_logprobs)
+            self._started.add(delta.index)
+            role = {"role": self._role, "content": ""}
+            start = {"index": delta.index, "delta": role, "logprobs": None, "finish_reason": None}
+            chunks.append(envelope(self._job, self.chunk_kind, [start], **more, **about))
+        choice = self._choice(delta, "delta", {"content": delta.text} if delta.text else {})
+        if _worth_sending(self._body, delta.text, choice):
+            chunks.append(envelope(self._job, self.chunk_kind, [choice], **more))
+        return chunks
 
     def _choice(self, part: Part, name: str, message: JSON) -> JSON:
         choice = {
@@ -154,18 +156,29 @@ class ChatForm:
 
 def _worth_sending(body: GenerationRequest, text: str, choice: dict[str, Any]) -> bool:
     """Whether a chunk says anything: a token may be held back as half a character or as the start of a stop string."""
-    return bool(text or choice["finish_reason"] or choice["logprobs"] or body.return_token_ids)
+    told = choice["logprobs"] or choice.get("prompt_logprobs")
+    return bool(text or choice["finish_reason"] or told or body.return_token_ids)
+
+
+def _about_prompt(
+    body: GenerationRequest, token_ids: list[int], logprobs: Sequence[TokenLogprobs | None] | None
+) -> JSON:
+    """What the request wants to know about its prompt."""
+    about: JSON = {}
+    if body.prompt_logprobs is not None:
+        about["prompt_logprobs"] = prompt_logprobs(logprobs)
+    if body.return_token_ids:
+        about["prompt_token_ids"] = token_ids
+    return about
 
 
 def _echoes(job: Job, body: CompletionRequest) -> list[str]:
     """The text of each prompt, as it was given or decoded."""
-    given: list[Any] = [body.prompt] if len(job.prompts) == 1 and not _is_list_of_prompts(body.prompt) else body.prompt  # type: ignore[assignment]
-    decode = job.engine.tokenizer.decode
+    given: list[Any] = [body.prompt] if is_one(body.prompt) else body.prompt  # type: ignore[assignment]
+    decode = job.api.engine.tokenizer.decode
     return [
-        one if isinstance(one, str) else decode(tokens, skip_special_tokens=False)
+        one
+        if isinstance(one, str) and body.truncate_prompt_tokens is None
+        else decode(tokens, skip_special_tokens=False)
         for one, tokens in zip(given, job.prompts, strict=True)
     ]
-
-
-def _is_list_of_prompts(prompt: Any) -> bool:
-    return isinstance(prompt, list) and not isinstance(prompt[0], int)

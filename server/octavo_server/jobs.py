@@ -14,18 +14,35 @@ from octavo.output_processor import Delta
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
 
+from octavo_server.api_settings import ApiSettings
+from octavo_server.prompts import chat_prompt, completion_prompts, truncated
 from octavo_server.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from octavo_server.streaming import cancel, merge
+from octavo_server.streaming import cancel, merge, spaced
 
 COMPLETION_TOKENS = 16
 """What /v1/completions generates when max_tokens is left out."""
 
 
 @dataclass(frozen=True, slots=True)
+class Api:
+    """What requests are served with. `chat_template` None: the model's own."""
+
+    engine: AsyncEngine
+    settings: ApiSettings = field(default_factory=ApiSettings)
+    chat_template: str | None = None
+
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Sampling parameters of requests that do not set them."""
+        asked = self.engine.config.generation_config == "auto"
+        found = sampling_defaults(self.engine.info.generation_config) if asked else {}
+        return {**found, **(self.settings.override_generation_config or {})}
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """Prompts that the engine can take: already tokenised and checked."""
 
-    engine: AsyncEngine
+    api: Api
     id: str
     model: str
     prompts: list[list[int]]
@@ -43,7 +60,7 @@ class Job:
         """All outputs, in the order of the prompts. Raises StepError when the engine failed on one."""
         tasks = [
             asyncio.create_task(
-                self.engine.complete(
+                self.api.engine.complete(
                     f"{self.id}-{i}", tokens, params, priority=self.priority, cache_salt=self.cache_salt
                 )
             )
@@ -59,14 +76,16 @@ class Job:
 
     def stream(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """(number of the prompt, what one of its choices gained), as the engine generates."""
-        return merge(
+        parts = merge(
             [
-                self.engine.generate(
+                self.api.engine.generate(
                     f"{self.id}-{i}", tokens, params, priority=self.priority, cache_salt=self.cache_salt
                 )
                 for i, (tokens, params) in enumerate(zip(self.prompts, self.params, strict=True))
             ]
         )
+        interval = self.api.settings.stream_interval
+        return parts if interval == 1 else spaced(parts, interval)
 
 
 def check_reason(finish_reason: str | None, error: str | None) -> None:
@@ -75,69 +94,72 @@ def check_reason(finish_reason: str | None, error: str | None) -> None:
         raise StepError(error or "The engine failed on this request and gave no reason.")
 
 
-async def completion_job(engine: AsyncEngine, body: CompletionRequest, model: str, request_id: str | None) -> Job:
+async def completion_job(api: Api, body: CompletionRequest, model: str, request_id: str | None) -> Job:
     """A job for /v1/completions. Raises RequestError for a prompt or parameter that the engine cannot take."""
-    given = [body.prompt] if _is_one(body.prompt) else body.prompt
-    if not given:
-        raise RequestError("The prompt is empty, but must hold at least one token.", "prompt")
-    prompts: list[list[int]] = []
-    for one in given:
-        if isinstance(one, str):
-            prompts.append(await engine.tokenize(one, add_special_tokens=body.add_special_tokens))
-        else:
-            prompts.append(list(one))  # type: ignore[arg-type]
+    prompts = await completion_prompts(api.engine, body)
     # The prompt's logprobs belong to an echo's tokens.
     prompt_logprobs = body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs
+    defaults = api.sampling_defaults()
     params = [
-        _params(engine, body, _completion_tokens(engine, body, len(tokens)), body.logprobs, prompt_logprobs)
+        body.sampling_params(
+            defaults,
+            max_tokens=_completion_tokens(api.engine, body, len(tokens)),
+            logprobs=body.logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
         for tokens in prompts
     ]
-    return _job(engine, body, model, request_id or f"cmpl-{uuid.uuid4().hex}", prompts, params)
+    return _job(api, body, model, request_id or f"cmpl-{uuid.uuid4().hex}", prompts, params)
 
 
-async def chat_job(engine: AsyncEngine, body: ChatRequest, model: str, request_id: str | None) -> Job:
+async def chat_job(api: Api, body: ChatRequest, model: str, request_id: str | None) -> Job:
     """A job for /v1/chat/completions. Raises RequestError as `completion_job` does."""
-    messages = [message.for_template() for message in body.messages]
-    tokens = await engine.tokenize_chat(
-        messages, add_generation_prompt=body.add_generation_prompt, **body.chat_template_kwargs
+    tokens = await chat_prompt(
+        api.engine,
+        body.messages,
+        body,
+        template=api.chat_template,
+        add_special_tokens=body.add_special_tokens,
+        defaults=api.settings.default_chat_template_kwargs,
     )
-    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = _params(engine, body, max_tokens, logprobs, body.prompt_logprobs)
-    return _job(engine, body, model, request_id or f"chatcmpl-{uuid.uuid4().hex}", [tokens], [params])
+    newer = body.max_completion_tokens is not None
+    max_tokens = body.max_completion_tokens if newer else body.max_tokens
+    prompt = truncated(api.engine, body, tokens, max_tokens)
+    try:
+        params = body.sampling_params(
+            api.sampling_defaults(),
+            max_tokens=max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            prompt_logprobs=body.prompt_logprobs,
+        )
+        return _job(api, body, model, request_id or f"chatcmpl-{uuid.uuid4().hex}", [prompt], [params])
+    except RequestError as error:
+        if newer and error.field == "max_tokens":  # the client knows the limit by its other name
+            text = str(error).replace("max_tokens", "max_completion_tokens")
+            raise RequestError(text, "max_completion_tokens") from None
+        raise
 
 
 def _job(
-    engine: AsyncEngine,
+    api: Api,
     body: GenerationRequest,
     model: str,
     request_id: str,
     prompts: list[list[int]],
     params: list[SamplingParams],
 ) -> Job:
+    if body.priority and api.engine.config.scheduling_policy != "priority":
+        raise RequestError(
+            f"priority is {body.priority}, but requests run in the order of their arrival: leave it out, or start the "
+            "server with --scheduling-policy priority.",
+            "priority",
+        )
     for tokens, one in zip(prompts, params, strict=True):
-        engine.check(tokens, one)
-    return Job(engine, request_id, model, prompts, params, body.priority, body.cache_salt)
-
-
-def _is_one(prompt: Any) -> bool:
-    """Whether it is one text or one list of token ids, rather than a list of prompts."""
-    return isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
+        api.engine.check(tokens, one)
+    return Job(api, request_id, model, prompts, params, body.priority, body.cache_salt)
 
 
 def _completion_tokens(engine: AsyncEngine, body: CompletionRequest, num_prompt: int) -> int:
     if body.max_tokens is not None:
         return body.max_tokens
     return max(body.min_tokens, 1, min(COMPLETION_TOKENS, engine.info.max_model_len - num_prompt))
-
-
-def _params(
-    engine: AsyncEngine,
-    body: GenerationRequest,
-    max_tokens: int | None,
-    logprobs: int | None,
-    prompt_logprobs: int | None,
-) -> SamplingParams:
-    asked = engine.config.generation_config == "auto"
-    defaults = sampling_defaults(engine.info.generation_config) if asked else {}
-    return body.sampling_params(defaults, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)

@@ -21,7 +21,12 @@ class UnknownModelError(RequestError):
 
 def problem(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of an error answer."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": _sendable(message), "type": kind, "param": _sendable(param), "code": code}}
+
+
+def _sendable(text: Any) -> Any:
+    """The text without half surrogates, which a client's own words may hold and no answer can."""
+    return text.encode("utf-8", "backslashreplace").decode() if isinstance(text, str) else text
 
 
 def describe(error: OctavoError) -> tuple[int, dict[str, Any]]:

@@ -8,6 +8,7 @@ from octavo.sampling_params import SamplingParams
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
+from octavo_server.api_settings import TEMPLATE_ARGUMENTS
 from octavo_server.fields import known_fields
 
 
@@ -30,14 +31,29 @@ def _one_kind(value: Any, handler: Any) -> Any:
         raise PydanticCustomError("prompt", f"The prompt must be {kinds}") from None
 
 
+def _unicode_inside(value: Any) -> Any:
+    """The same for all texts inside; without recursion, since a client says how deep it goes."""
+    left = [value]
+    while left:
+        match left.pop():
+            case str() as text:
+                _unicode(text)
+            case dict() as inner:
+                left += [*inner, *inner.values()]
+            case list() as inner:
+                left += inner
+    return value
+
+
 Text = Annotated[str, AfterValidator(_unicode)]
+Loose = Annotated[dict[str, Any], AfterValidator(_unicode_inside)]
 Int = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Prompt = Annotated[Text | list[Text] | list[TokenId] | list[list[TokenId]], WrapValidator(_one_kind)]
-
-TEMPLATE_ARGUMENTS = frozenset({"messages", "template", "add_generation_prompt", "bos_token", "eos_token", "tools"})
-"""What no request may set through chat_template_kwargs."""
+_First = Field(fail_fast=True)  # a long list of another kind is known by its first item
+_TokenIds = Annotated[list[TokenId], _First]
+_Prompts = Annotated[list[Text], _First] | _TokenIds | Annotated[list[_TokenIds], _First]
+Prompt = Annotated[Text | _Prompts, WrapValidator(_one_kind)]
 
 
 class Strict(BaseModel):
@@ -87,13 +103,14 @@ class GenerationRequest(Strict):
     cache_salt: Text | None = None
     request_id: Text | None = None
     return_token_ids: bool = False
+    truncate_prompt_tokens: Int | None = None
+    truncation_side: Literal["left", "right"] = "left"
 
     @model_validator(mode="after")
-    def _fits_stream(self) -> "GenerationRequest":
-        if self.stream_options is not None and not self.stream:
+    def _options_need_stream(self) -> "GenerationRequest":
+        options = self.stream_options
+        if options is not None and (options.include_usage or options.continuous_usage_stats) and not self.stream:
             raise RequestError("stream_options needs stream to be true.", "stream_options")
-        if self.prompt_logprobs is not None and self.stream:
-            raise RequestError("prompt_logprobs needs stream to be false.", "prompt_logprobs")
         return self
 
     def sampling_params(
@@ -144,7 +161,7 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[TextPart] | None = None
     name: Text | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[Loose] | None = None
     tool_call_id: Text | None = None
 
     def for_template(self) -> dict[str, Any]:
@@ -156,28 +173,70 @@ class ChatMessage(Strict):
         return message
 
 
-class ChatRequest(GenerationRequest):
-    """Body of /v1/chat/completions."""
+Messages = Annotated[list[ChatMessage], Field(min_length=1)]
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Int | None = None
-    logprobs: bool = False
-    top_logprobs: Int | None = None
+
+class TemplateOptions(Strict):
+    """How a conversation becomes a prompt. `continue_final_message` leaves the last message open."""
+
     add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] = {}
+    continue_final_message: bool = False
+    chat_template_kwargs: Loose = {}
 
     @model_validator(mode="after")
-    def _template_keeps_its_own(self) -> "ChatRequest":
+    def _template_keeps_its_own(self) -> "TemplateOptions":
         for name in TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys():
             message = f"chat_template_kwargs holds {name!r}, which the chat template has from elsewhere."
             raise RequestError(message, "chat_template_kwargs")
         return self
 
     @model_validator(mode="after")
+    def _continues_or_begins(self) -> "TemplateOptions":
+        begins = "add_generation_prompt" in self.model_fields_set and self.add_generation_prompt
+        if self.continue_final_message and begins:
+            message = "continue_final_message and add_generation_prompt are both true, but exclude each other."
+            raise RequestError(message, "continue_final_message")
+        return self
+
+
+class ChatRequest(GenerationRequest, TemplateOptions):
+    """Body of /v1/chat/completions."""
+
+    messages: Messages
+    max_completion_tokens: Int | None = None
+    logprobs: bool = False
+    top_logprobs: Int | None = None
+    add_special_tokens: bool = False
+
+    @model_validator(mode="after")
     def _top_needs_logprobs(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true.", "top_logprobs")
         return self
+
+
+class TokenizeRequest(TemplateOptions):
+    """Body of /tokenize: a text, or a conversation."""
+
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            found = "neither" if self.prompt is None else "both"
+            raise RequestError(f"The body must hold either prompt or messages, but holds {found}.", "prompt")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    """Body of /detokenize."""
+
+    model: Text | None = None
+    tokens: list[TokenId]
 
 
 def _token_bias(bias: Mapping[str, float]) -> dict[int, float]:

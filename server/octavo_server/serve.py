@@ -3,26 +3,40 @@
 import argparse
 import asyncio
 import contextlib
-import json
 import math
+import os
 import signal
 import socket
+import stat
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 
 import uvicorn
+from fastapi import FastAPI
 from octavo.async_engine import AsyncEngine
-from octavo.config import EngineConfig
 from octavo.config_args import add_arguments, add_engine_arguments, engine_config, resolve
 from octavo.errors import ConfigError, OctavoError
+from octavo.request_stream import Observers
 
+from octavo_server.api_settings import ApiSettings
 from octavo_server.app import create_app
+from octavo_server.flags import ALL_SETTINGS, add_foreign_arguments, complete
+from octavo_server.limits import limit
+from octavo_server.security import allow_origins, certificate_times, guard, read_keys, tls_options
 from octavo_server.settings import ServerSettings
+from octavo_server.streaming import cancel
+from octavo_server.tracing import trace
+from octavo_server.tracing_log import configure_logging, log_requests
+from octavo_server.watchdog import watch_steps
+from octavo_server.welcome import welcome
 
 _BACKLOG = 2048
 _ANSWER_SECONDS = 5.0
 """What answers may take to be sent once the engine has ended."""
+
+_REFRESH_SECONDS = 5.0
 
 
 class ServeCommand:
@@ -31,15 +45,35 @@ class ServeCommand:
     help = "Serve a model over OpenAI's HTTP API. The port opens at once; /health tells when the model is ready."
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the engine's flags and the server's."""
+        """Add the engine's flags, the server's and the API's."""
         add_engine_arguments(parser)
         add_arguments(parser.add_argument_group("server"), ServerSettings)
+        add_arguments(parser.add_argument_group("API"), ApiSettings)
+        add_foreign_arguments(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Serve until SIGTERM or SIGINT. Raises ConfigError for a bad flag, and what `serve` raises."""
-        config = engine_config(args, [ServerSettings])
-        settings = resolve(ServerSettings, args, [EngineConfig])
-        return asyncio.run(serve(AsyncEngine(config, progress=_say), settings))
+        args = complete(args)
+        config = engine_config(args, ALL_SETTINGS)
+        settings = resolve(ServerSettings, args, ALL_SETTINGS)
+        api = resolve(ApiSettings, args, ALL_SETTINGS)
+        configure_logging(settings)
+        return asyncio.run(serve(AsyncEngine(config, progress=_say), settings, api))
+
+
+def build_app(
+    engine: AsyncEngine, settings: ServerSettings, api: ApiSettings | None = None, keys: Sequence[str] = ()
+) -> FastAPI:
+    """The API with everything before it: ids and logs first, then origins, keys, limits. Raises ConfigError."""
+    app = create_app(engine, settings.served_model_name, created=int(time.time()), settings=api)
+    # The middleware added last sees a request first.
+    observers = [limit(app, settings, engine)]
+    guard(app, settings, keys)
+    allow_origins(app, settings)
+    observers += [trace(app, settings.otlp_traces_endpoint, engine), log_requests(app, settings, engine)]
+    engine.observer = Observers(engine.observer, *(one for one in observers if one is not None))
+    app.root_path = settings.root_path
+    return app
 
 
 class _Server(uvicorn.Server):
@@ -48,15 +82,16 @@ class _Server(uvicorn.Server):
     Requests that still run `--shutdown-timeout` seconds after the signal end with an error.
     """
 
-    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
-        level = settings.uvicorn_log_level
+    def __init__(self, engine: AsyncEngine, app: FastAPI, settings: ServerSettings) -> None:
         config = uvicorn.Config(
-            create_app(engine, settings.served_model_name, created=int(time.time())),
+            app,
             lifespan="off",
-            log_level=level,
-            access_log=level in ("info", "debug", "trace"),
+            ws="none",
+            log_level=settings.uvicorn_log_level,
+            access_log=False,  # ours has the requests' ids
             timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout + _ANSWER_SECONDS),
             server_header=False,
+            **tls_options(settings),
         )
         super().__init__(config)
         self._engine = engine
@@ -64,6 +99,8 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, and wait for the requests that run."""
+        if self._engine.dead is not None:  # they have ended; a client that does not read its answer holds up nobody
+            self.config.timeout_graceful_shutdown = math.ceil(_ANSWER_SECONDS)
         end = asyncio.create_task(self._end_requests())
         await super().shutdown(sockets)
         end.cancel()
@@ -85,14 +122,19 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-async def serve(engine: AsyncEngine, settings: ServerSettings) -> int:
+async def serve(engine: AsyncEngine, settings: ServerSettings, api: ApiSettings | None = None) -> int:
     """Open the port, start the engine, serve until a signal. Raises why the engine did not start, or ended before."""
-    with _listen(settings.host, settings.port) as listener:
-        server = _Server(engine, settings)
-        watch = asyncio.create_task(_watch(engine, server, listener.getsockname()))
+    keys = read_keys(settings)
+    server = _Server(engine, build_app(engine, settings, api, keys), settings)
+    with _listening(settings) as listener:
+        watch = asyncio.create_task(_watch(engine, server, listener, settings, bool(keys)))
+        helpers = [asyncio.create_task(watch_steps(engine, settings.engine_timeout))]
+        if settings.enable_ssl_refresh:
+            helpers.append(asyncio.create_task(_refresh_certificate(server, settings)))
         try:
             await server.serve(sockets=[listener])
         finally:
+            await cancel(helpers)
             await engine.shutdown()
         error = await watch
     if error is not None:
@@ -100,18 +142,52 @@ async def serve(engine: AsyncEngine, settings: ServerSettings) -> int:
     return 0
 
 
-async def _watch(engine: AsyncEngine, server: _Server, address: tuple[str, int]) -> OctavoError | None:
+async def _watch(
+    engine: AsyncEngine, server: _Server, listener: socket.socket, settings: ServerSettings, guarded: bool
+) -> OctavoError | None:
     """Start the engine, say so, and end the server when the engine ends; returns why, unless the server ended it."""
     begin = time.monotonic()
     try:
         await engine.launch()
-        _say(_welcome(engine, address, time.monotonic() - begin))
+        if not server.should_exit:
+            _say(welcome(engine.info, listener, settings, time.monotonic() - begin, guarded=guarded))
         error = await engine.wait_dead()
     except OctavoError as failure:
         error = failure
     finally:
         asked, server.should_exit = server.should_exit, True
     return None if asked else error
+
+
+async def _refresh_certificate(server: _Server, settings: ServerSettings) -> None:
+    """Load the certificate again whenever its files change; new connections then get the new one."""
+    seen = certificate_times(settings)
+    while True:
+        await asyncio.sleep(_REFRESH_SECONDS)
+        found = certificate_times(settings)
+        if found == seen or server.config.ssl is None or settings.ssl_certfile is None:
+            continue
+        try:
+            server.config.ssl.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+            seen = found
+            _say("The TLS certificate was loaded again.")
+        except OSError as error:  # half written, perhaps: it is tried again
+            _say(f"Warning: the TLS certificate could not be loaded again: {error.strerror or error}.")
+
+
+@contextmanager
+def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
+    """The socket that the settings ask for; a Unix socket's file is gone afterwards."""
+    if settings.uds is None:
+        with _listen(settings.host, settings.port) as listener:
+            yield listener
+        return
+    with _listen_unix(settings.uds) as listener:
+        try:
+            yield listener
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(settings.uds)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -126,17 +202,30 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _welcome(engine: AsyncEngine, address: tuple[str, int], seconds: float) -> str:
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    url = f"http://{host}:{address[1]}"
-    body = {"messages": [{"role": "user", "content": "Name the capital of France."}], "temperature": 0}
-    info = engine.info
-    return (
-        f"{info.model} ({info.dtype}, {info.device}), context {info.max_model_len} tokens, "
-        f"KV cache {info.num_blocks * info.block_size} tokens.\n"
-        f"Ready after {seconds:.1f} s at {url}. Try it:\n\n"
-        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
-    )
+def _listen_unix(path: str) -> socket.socket:
+    """A listening Unix socket. Raises ConfigError when the path cannot be had."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        listener.bind(path)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"The server cannot listen on {path}: {error.strerror or error}. Choose another --uds."
+        ) from error
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket file that a killed server has left; a file of another kind, or with a server, stays."""
+    if not os.path.exists(path) or not stat.S_ISSOCK(os.stat(path).st_mode):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
 
 
 def _say(text: str) -> None:

@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Request, Response
+from octavo.output_processor import Delta
 from starlette.types import Message, Receive, Scope, Send
 
 T = TypeVar("T")
@@ -80,6 +82,30 @@ async def cancel(tasks: Sequence["asyncio.Task[Any]"]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def spaced(
+    parts: AsyncGenerator[tuple[int, Delta], None], interval: int
+) -> AsyncGenerator[tuple[int, Delta], None]:
+    """The same deltas, joined until they hold `interval` tokens. A choice's first token and its end do not wait."""
+    held: dict[tuple[int, int], Delta] = {}
+    begun: set[tuple[int, int]] = set()
+    async with contextlib.aclosing(parts):
+        async for prompt, delta in parts:
+            key = (prompt, delta.index)
+            whole = _joined(held.pop(key), delta) if key in held else delta
+            if key in begun and len(whole.token_ids) < interval and whole.finish_reason is None:
+                held[key] = whole
+                continue
+            begun.add(key)
+            yield prompt, whole
+
+
+def _joined(first: Delta, second: Delta) -> Delta:
+    logprobs = None if first.logprobs is None else [*first.logprobs, *(second.logprobs or [])]
+    return replace(
+        second, text=first.text + second.text, token_ids=[*first.token_ids, *second.token_ids], logprobs=logprobs
+    )
 
 
 async def merge(streams: Sequence[AsyncIterator[T]]) -> AsyncGenerator[tuple[int, T], None]:

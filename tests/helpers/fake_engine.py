@@ -1,13 +1,15 @@
 """An engine without a model: each choice repeats the prompt's tokens, one a step, until its max_tokens.
 
-A prompt that holds token CRASH makes the step raise, EXIT ends the process, FAIL ends the request in an error, and STOP
-ends it as an eos token does.
+A prompt that holds token CRASH makes the step raise, EXIT ends the process, HANG keeps the step from ending and the
+interpreter to itself, FAIL ends the request in an error, and STOP ends it as an eos token does.
 """
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from octavo.admission import EngineInfo
 from octavo.config import EngineConfig
@@ -16,9 +18,10 @@ from octavo.errors import ConfigError, RequestError
 from octavo.sampling_params import SamplingParams
 
 VOCAB_SIZE = 300
+NUM_BLOCKS, BLOCK_SIZE = 10, 16
 MAX_MODEL_LEN = 64
 MAX_CHOICES = 8
-CRASH, EXIT, FAIL, STOP = 251, 252, 253, 254
+HANG, CRASH, EXIT, FAIL, STOP = 250, 251, 252, 253, 254
 Progress = Callable[[str], None] | None
 
 
@@ -40,6 +43,9 @@ class FakeEngine:
         self.num_resets = 0
         self.num_steps = 0
         self.num_generated = 0
+        self.num_prompt = 0
+        self.num_cached = 0
+        self.started: list[str] = []
 
     def add_request(
         self,
@@ -52,6 +58,8 @@ class FakeEngine:
     ) -> None:
         if params.n > MAX_CHOICES:
             raise RequestError(f"n is {params.n}, but at most {MAX_CHOICES} run.", "n")
+        self.num_prompt += len(prompt_token_ids)
+        self.num_cached += len(prompt_token_ids) // 2
         self.running[request_id] = _Running(prompt_token_ids, params, set(range(params.n)))
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
@@ -67,6 +75,7 @@ class FakeEngine:
     def step(self) -> list[TokenEvent]:
         time.sleep(self.step_seconds)
         self.num_steps += 1
+        self.started = [request_id for request_id, request in self.running.items() if request.step == 0]
         events = [
             self._event(request_id, request, choice)
             for request_id, request in self.running.items()
@@ -86,8 +95,17 @@ class FakeEngine:
         return not self.running
 
     def stats(self) -> EngineStats:
+        """Each request holds one block, which is partly filled."""
         return EngineStats(
-            num_running=len(self.running), num_steps=self.num_steps, num_generated_tokens=self.num_generated
+            num_running=len(self.running),
+            kv_usage=len(self.running) / NUM_BLOCKS,
+            kv_slots=len(self.running) * BLOCK_SIZE,
+            kv_tokens=len(self.running),
+            num_prompt_tokens=self.num_prompt,
+            num_cached_tokens=self.num_cached,
+            num_prompt_tokens_computed=self.num_prompt - self.num_cached,
+            num_steps=self.num_steps,
+            num_generated_tokens=self.num_generated,
         )
 
     def shutdown(self) -> None:
@@ -101,6 +119,8 @@ class FakeEngine:
             raise RuntimeError("the kernel is broken")
         if EXIT in request.prompt:
             os._exit(3)
+        if HANG in request.prompt:
+            ctypes.PyDLL(None).sleep(600)
         token = request.prompt[(request.step + choice) % len(request.prompt)]
         reason = self._reason(request, token)
         first = request.step == 0 and choice == 0
@@ -128,10 +148,31 @@ class FakeEngine:
         return [] if number is None else [logprob(token, number) for token in request.prompt[1:]]
 
 
+class FullEngine(FakeEngine):
+    """Takes requests, and never makes a step for them."""
+
+    def step(self) -> list[TokenEvent]:
+        time.sleep(self.step_seconds)
+        return []
+
+    def stats(self) -> EngineStats:
+        return EngineStats(num_waiting=len(self.running))
+
+
 def logprob(token: int, number: int) -> TokenLogprob:
     """The token is the second most likely; the others are the ids from 10 on."""
     top = [10, token, *range(11, 11 + number)][:number]
     return TokenLogprob(-1.0, 2, top, [-0.5 * rank for rank in range(1, number + 1)])
+
+
+def backend(kind: str, name: str) -> dict[str, Any]:
+    """A selection as the engine tells it."""
+    candidates = [
+        {"name": name, "plugin": "fake", "chosen": True, "reason": None},
+        {"name": "other", "plugin": "fake", "chosen": False, "reason": "it is not there"},
+    ]
+    origin = {"plugin": "fake", "distribution": "fakes", "version": "1.0"}
+    return {"kind": kind, "name": name, **origin, "options": {}, "candidates": candidates}
 
 
 def info() -> EngineInfo:
@@ -139,10 +180,13 @@ def info() -> EngineInfo:
         model="fake",
         max_model_len=MAX_MODEL_LEN,
         vocab_size=VOCAB_SIZE,
-        num_blocks=10,
-        block_size=16,
+        max_requests=MAX_CHOICES,
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        kv_bytes_per_token=100.0,
         dtype="float32",
         device="cpu",
+        backends=[backend("attention", "one"), backend("matmul", "two"), backend("matmul", "two")],
         generation_config={"temperature": 0.5, "top_k": None},
     )
 
@@ -155,6 +199,11 @@ def start(config: EngineConfig, progress: Progress = None) -> tuple[FakeEngine, 
 def start_slow(config: EngineConfig, progress: Progress = None) -> tuple[FakeEngine, EngineInfo]:
     """An engine that needs a moment for each token."""
     return FakeEngine(step_seconds=0.02), info()
+
+
+def start_full(config: EngineConfig, progress: Progress = None) -> tuple[FakeEngine, EngineInfo]:
+    """An engine that has room for nobody."""
+    return FullEngine(step_seconds=0.02), info()
 
 
 def start_late(config: EngineConfig, progress: Progress = None) -> tuple[FakeEngine, EngineInfo]:

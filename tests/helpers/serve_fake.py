@@ -1,6 +1,7 @@
-"""A server over an engine without a model: `python serve_fake.py TOKENIZER_DIRECTORY FACTORY [SHUTDOWN_TIMEOUT]`."""
+"""A server over an engine without a model: `python serve_fake.py TOKENIZER_DIRECTORY FACTORY [SETTINGS]` (JSON)."""
 
 import asyncio
+import json
 import sys
 from pathlib import Path
 
@@ -13,16 +14,16 @@ from octavo_server.settings import ServerSettings
 
 
 def main() -> int:
-    directory, factory, *timeout = sys.argv[1:]
+    directory, factory, *settings = sys.argv[1:]
     engine = AsyncEngine(
         EngineConfig(),
         factory=f"fake_engine:{factory}",
         tokenizer=Tokenizer.from_files(Path(directory)),
         progress=lambda phase: print(phase, file=sys.stderr, flush=True),
     )
-    settings = ServerSettings(port=0, shutdown_timeout=float(timeout[0]) if timeout else 30.0)
+    given = json.loads(settings[0]) if settings else {}
     try:
-        return asyncio.run(serve(engine, settings))
+        return asyncio.run(serve(engine, ServerSettings(**{"port": 0, **given})))
     except OctavoError as error:
         print(f"octavo: {error}", file=sys.stderr)
         return 1

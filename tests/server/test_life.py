@@ -5,21 +5,16 @@ import json
 import os
 import re
 import signal
-import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from octavo.errors import EngineDeadError
-from tiny_tokenizer import write_tokenizer
+from servers import FOREVER, READY, server_process, start_request, until_gone
 
 pytestmark = pytest.mark.usefixtures("helpers_in_child")
-FOREVER = {"prompt": "abc", "max_tokens": 60, "ignore_eos": True}
 
 
 async def _running(service: Any) -> int:
@@ -88,80 +83,10 @@ async def test_dead_engine_ends_requests_and_turns_health_red(service: Any) -> N
     assert isinstance(service.engine.dead, EngineDeadError)
 
 
-@dataclass
-class _Process:
-    """A server in a process of its own, and what it said."""
-
-    process: asyncio.subprocess.Process
-    tokenizer: Path
-
-    async def said(self, pattern: str) -> str:
-        """Wait for a line that matches, and return the match's first group."""
-        assert self.process.stderr is not None
-        lines = ""
-        async with asyncio.timeout(10):
-            while line := (await self.process.stderr.readline()).decode():
-                if (found := re.search(pattern, line)) is not None:
-                    return found[1]
-                lines += line
-        raise AssertionError(f"The server never said {pattern}, but:\n{lines}")
-
-    async def engine_pid(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (pid,) = map(int, children)
-        return pid
-
-
-@asynccontextmanager
-async def _process(directory: Path, factory: str, *more: str) -> AsyncIterator[_Process]:
-    script = Path(__file__).parents[1] / "helpers" / "serve_fake.py"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, script, write_tokenizer(directory), factory, *more, stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        yield _Process(process, directory)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-async def _until_gone(pid: int) -> None:
-    async with asyncio.timeout(5):
-        while _alive(pid):
-            await asyncio.sleep(0.01)
-
-
-async def _start_request(url: str) -> "asyncio.Task[httpx.Response]":
-    """A request that runs for 1.2 s, when its first token is there."""
-    started = asyncio.Event()
-
-    async def post() -> httpx.Response:
-        async with (
-            httpx.AsyncClient(base_url=url, timeout=10) as client,
-            client.stream("POST", "/v1/completions", json={**FOREVER, "stream": True}) as response,
-        ):
-            async for _ in response.aiter_lines():
-                started.set()
-            return response
-
-    task = asyncio.create_task(post())
-    await started.wait()
-    return task
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_signal_drains(tmp_path: Path, number: int) -> None:
-    async with _process(tmp_path, "start_slow") as server:
-        url = await server.said(r"Ready after .* at (http\S+)\.")
+    async with server_process(tmp_path, "start_slow") as server:
+        url = await server.said(READY)
         pid = await server.engine_pid()
         body = {**FOREVER, "prompt": "ab"}
         async with httpx.AsyncClient(base_url=url, timeout=10) as client:
@@ -170,12 +95,12 @@ async def test_signal_drains(tmp_path: Path, number: int) -> None:
             server.process.send_signal(number)
             assert (await answer).json()["choices"][0]["text"] == "ab" * 30
         assert await server.process.wait() == 0
-        await _until_gone(pid)
+        await until_gone(pid)
 
 
 async def test_requests_that_outlast_the_shutdown_timeout_end_with_an_error(tmp_path: Path) -> None:
-    async with _process(tmp_path, "start_slow", "0.2") as server:
-        url = await server.said(r"Ready after .* at (http\S+)\.")
+    async with server_process(tmp_path, "start_slow", shutdown_timeout=0.2) as server:
+        url = await server.said(READY)
         async with httpx.AsyncClient(base_url=url, timeout=10) as client:
             answer = asyncio.create_task(client.post("/v1/completions", json=FOREVER))
             await asyncio.sleep(0.3)
@@ -186,9 +111,9 @@ async def test_requests_that_outlast_the_shutdown_timeout_end_with_an_error(tmp_
 
 
 async def test_killed_engine_ends_the_server(tmp_path: Path) -> None:
-    async with _process(tmp_path, "start_slow") as server:
-        url = await server.said(r"Ready after .* at (http\S+)\.")
-        request = await _start_request(url)
+    async with server_process(tmp_path, "start_slow") as server:
+        url = await server.said(READY)
+        request = await start_request(url)
         os.kill(await server.engine_pid(), signal.SIGKILL)
         await request
         await server.said(r"octavo: (The engine process ended unexpectedly \(signal 9\))")
@@ -196,18 +121,18 @@ async def test_killed_engine_ends_the_server(tmp_path: Path) -> None:
 
 
 async def test_killed_server_ends_the_engine(tmp_path: Path) -> None:
-    async with _process(tmp_path, "start_slow") as server:
-        url = await server.said(r"Ready after .* at (http\S+)\.")
-        request = await _start_request(url)
+    async with server_process(tmp_path, "start_slow") as server:
+        url = await server.said(READY)
+        request = await start_request(url)
         pid = await server.engine_pid()
         server.process.kill()
         with pytest.raises(httpx.HTTPError):
             await request
-        await _until_gone(pid)
+        await until_gone(pid)
 
 
 async def test_port_opens_at_once_and_tells_the_phase(tmp_path: Path) -> None:
-    async with _process(tmp_path, "start_late") as server:
+    async with server_process(tmp_path, "start_late") as server:
         await server.said("(loading weights)")
         pid = server.process.pid
         port = await asyncio.to_thread(_listening_port, pid)
@@ -240,18 +165,18 @@ def _listening_port(pid: int) -> int:
     ("factory", "message"), [("refuse", "block_size is 16, which"), ("die", "exit status 7"), ("break_down", "a bug")]
 )
 async def test_failed_start_ends_the_server_with_the_reason(tmp_path: Path, factory: str, message: str) -> None:
-    async with _process(tmp_path, factory) as server:
+    async with server_process(tmp_path, factory) as server:
         await server.said(f"octavo: .*({message})")
         assert await server.process.wait() == 1
 
 
 async def test_signal_during_the_start_ends_it_quietly(tmp_path: Path) -> None:
-    async with _process(tmp_path, "start_late") as server:
+    async with server_process(tmp_path, "start_late") as server:
         await server.said("(loading weights)")
         pid = await server.engine_pid()
         server.process.terminate()
         assert await server.process.wait() == 0
-        await _until_gone(pid)
+        await until_gone(pid)
 
 
 def test_serve_settings_are_checked() -> None:

@@ -52,7 +52,6 @@ async def _refused(service: Any, path: str, **request: Any) -> tuple[str, str | 
         ({"seed": 2**63}, "seed", "9223372036854775808"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         ({"stream": True, "stream_options": {"x": 1}}, "x", "unknown"),
-        ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "needs stream to be false"),
         ({"prompt": ""}, "prompt", "empty"),
         ({"prompt": []}, "prompt", "empty"),
         ({"prompt": [[]]}, "prompt", "empty"),
@@ -82,7 +81,11 @@ async def test_completion_refuses(service: Any, fields: dict[str, Any], param: s
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "image_url"),
         ({"messages": [{"content": "x"}]}, "messages", "missing"),
         ({"messages": [{"role": "user", "content": "x" * 400}]}, "prompt", "400 characters"),
-        ({"max_completion_tokens": 60}, "max_tokens", "together 69, but the model's context is 64"),
+        (
+            {"max_completion_tokens": 60},
+            "max_completion_tokens",
+            "max_completion_tokens is 60, together 69, but the model's context is 64",
+        ),
         ({"logprobs": 1}, "logprobs", "found 1"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "logprobs", "21, but at most 20"),
@@ -91,6 +94,7 @@ async def test_completion_refuses(service: Any, fields: dict[str, Any], param: s
         ({"prompt": "x"}, "prompt", "unknown"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "'messages'"),
         ({"chat_template_kwargs": {"template": "{{ 1 }}"}}, "chat_template_kwargs", "'template'"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "'self'"),
     ],
 )
 async def test_chat_refuses(service: Any, fields: dict[str, Any], param: str, message: str) -> None:

@@ -1,0 +1,86 @@
+"""What `octavo serve` says once it is ready: what was selected and why, what takes the memory, and where to ask."""
+
+import json
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from octavo.admission import EngineInfo
+from octavo.plugins.kinds import KINDS
+
+from octavo_server.settings import ServerSettings
+
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_LOOPBACK = ("127.", "::1")
+
+
+def welcome(
+    info: EngineInfo, listener: socket.socket, settings: ServerSettings, seconds: float, *, guarded: bool
+) -> str:
+    """The text; `guarded` is whether requests need a key, `seconds` what the start took."""
+    lines = [
+        *selection_lines(info.backends),
+        *memory_lines(info),
+        f"{info.model} ({info.dtype}, {info.device}), context {info.max_model_len} tokens, "
+        f"KV cache {info.num_blocks * info.block_size} tokens.",
+        *_warnings(listener, settings, guarded),
+        f"Ready after {seconds:.1f} s at {_shown_address(listener, settings)}. Try it:",
+        "",
+        _curl(listener, settings, guarded),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def selection_lines(backends: Sequence[dict[str, Any]]) -> list[str]:
+    """Each selection with its options, and the other candidates with their reasons; equal ones once."""
+    blocks = dict.fromkeys("\n".join(_selection(one)) for one in backends)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def _selection(one: dict[str, Any]) -> list[str]:
+    title = KINDS[one["kind"]].title if one["kind"] in KINDS else one["kind"]
+    options = ", ".join(f"{name}={value}" for name, value in one["options"].items())
+    chosen = f"{title}: {one['name']}{f' ({options})' if options else ''}"
+    others = [other for other in one["candidates"] if not other["chosen"]]
+    return [
+        f"{chosen} [{one['plugin']}, {one['distribution']} {one['version']}]",
+        *(f"    not {other['name']} [{other['plugin']}]: {other['reason']}" for other in others),
+    ]
+
+
+def memory_lines(info: EngineInfo) -> list[str]:
+    """What takes memory, in planned bytes, and the sum."""
+    if not info.memory:
+        return []
+    entries = {**info.memory, "together": sum(info.memory.values())}
+    width = max(map(len, entries))
+    return ["Memory:", *(f"    {name.ljust(width)} {number / (1 << 20):10.1f} MiB" for name, number in entries.items())]
+
+
+def _warnings(listener: socket.socket, settings: ServerSettings, guarded: bool) -> list[str]:
+    if guarded or settings.uds is not None or str(listener.getsockname()[0]).startswith(_LOOPBACK):
+        return []
+    return ["Warning: whoever reaches this address may use the server: --api-key-file asks for keys."]
+
+
+def _url(host: str, port: int, scheme: str) -> str:
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _shown_address(listener: socket.socket, settings: ServerSettings) -> str:
+    if settings.uds is not None:
+        return settings.uds
+    host, port = listener.getsockname()[:2]
+    return _url(host, port, settings.scheme)
+
+
+def _curl(listener: socket.socket, settings: ServerSettings, guarded: bool) -> str:
+    body = {"messages": [{"role": "user", "content": "Name the capital of France."}], "temperature": 0}
+    if settings.uds is not None:
+        url, flags = f"{settings.scheme}://localhost", f" --unix-socket {settings.uds}"
+    else:
+        host, port = listener.getsockname()[:2]
+        url, flags = _url(_EVERYWHERE.get(host, host), port, settings.scheme), ""
+    key = ' -H "Authorization: Bearer $OCTAVO_API_KEY"' if guarded else ""
+    return f"curl{flags} {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"

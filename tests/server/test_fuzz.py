@@ -1,0 +1,202 @@
+"""Whatever is sent: no 5xx, no hang, OpenAI's shape of errors; afterwards no block is held and answers are the same."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fuzz
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from octavo.async_engine import AsyncEngine
+from octavo.config import EngineConfig
+from octavo.text.tokenizer import Tokenizer
+from octavo_server.serve import build_app
+from octavo_server.settings import ServerSettings
+
+T = TypeVar("T")
+SECONDS = 20.0
+FEW, MANY = 250, 5000
+ASKED = {"prompt": "the same again", "seed": 5, "temperature": 0, "max_tokens": 20, "return_token_ids": True}
+_PART = {"type": "text", "text": "u"}
+_CHAT = {
+    "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": [_PART]}],
+    "max_completion_tokens": 9,
+    "logprobs": True,
+    "top_logprobs": 2,
+    "chat_template_kwargs": {"a": 1},
+}
+GOOD: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": "ab", "max_tokens": 9, "n": 2, "stop": ["x"], "logprobs": 2, "seed": 1}),
+    ("/v1/completions", {"prompt": [[1, 2], [3]], "stream": True, "stream_options": {"include_usage": True}}),
+    ("/v1/completions", {"prompt": ["a", "b"], "echo": True, "logit_bias": {"5": 1.5}, "stop_token_ids": [7, 8]}),
+    ("/v1/chat/completions", _CHAT),
+    ("/tokenize", {"prompt": "abc"}),
+    ("/detokenize", {"tokens": [1, 2, 3]}),
+]
+
+
+@dataclass
+class Target:
+    """The app over a real engine in its own process, called without a network between."""
+
+    engine: AsyncEngine
+    app: Any
+    run: Callable[[Awaitable[Any]], Any]
+
+    def send(self, method: str, path: str, content: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
+        """The answer, or TimeoutError after SECONDS."""
+        response: httpx.Response = self.run(self._send(method, path, content, headers or {}))
+        return response
+
+    async def _send(self, method: str, path: str, content: bytes, headers: dict[str, str]) -> httpx.Response:
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client, asyncio.timeout(SECONDS):
+            every = {"Content-Type": "application/json", **headers}
+            return await client.request(method, path, content=content, headers=every)
+
+    def check(self, method: str, path: str, content: bytes, headers: dict[str, str] | None = None) -> None:
+        """Send, and see that the answer is well formed."""
+        response = self.send(method, path, content, headers)
+        assert response.status_code < 500, response.text
+        if response.status_code >= 400:
+            error = response.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"} and error["message"]
+
+    def held(self) -> tuple[int, int, int]:
+        """Requests that run, that wait, and blocks that are held."""
+        stats = self.run(self.engine.stats())
+        return stats.num_running, stats.num_waiting, stats.num_blocks_used
+
+    def resident(self) -> int:
+        """Resident pages of this process and of the engine's."""
+        link = self.engine._link
+        assert link is not None
+        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in (os.getpid(), link.process.pid))
+
+
+@pytest.fixture(scope="module")
+def target(tokenizer: Tokenizer) -> Iterator[Target]:
+    """A target that answers the same question the same way before and after, with nothing held in between."""
+    helpers = str(Path(__file__).parents[1] / "helpers")
+    path = os.pathsep.join([helpers, *filter(None, [os.environ.get("PYTHONPATH")])])
+    loop = asyncio.new_event_loop()
+    with pytest.MonkeyPatch.context() as patch, contextlib.closing(loop):
+        patch.setenv("PYTHONPATH", path)
+        engine = loop.run_until_complete(
+            AsyncEngine.start(EngineConfig(), factory="hash_engine:start", tokenizer=tokenizer)
+        )
+        target = Target(engine, build_app(engine, ServerSettings()), loop.run_until_complete)
+        before = _answer(target)
+        yield target
+        assert target.held() == (0, 0, 0)
+        assert _answer(target) == before
+        loop.run_until_complete(engine.shutdown())
+
+
+def _answer(target: Target) -> list[int]:
+    response = target.send("POST", "/v1/completions", fuzz.written(ASKED))
+    assert response.status_code == 200, response.text
+    tokens: list[int] = response.json()["choices"][0]["token_ids"]
+    return tokens
+
+
+def _often(number: int) -> Any:
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    return settings(max_examples=number, deadline=None, suppress_health_check=checks, database=None)
+
+
+def _fuzz_document(target: Target, number: int) -> None:
+    @_often(number)
+    @given(fuzz.documented(target.app.openapi()))
+    def run(request: tuple[str, str, bytes]) -> None:
+        target.check(*request)
+
+    run()
+    assert target.held() == (0, 0, 0)
+
+
+def _fuzz_mutations(target: Target, number: int) -> None:
+    kinds = st.sampled_from(GOOD).flatmap(lambda one: st.tuples(st.just(one[0]), fuzz.mutated([one[1]])))
+
+    @_often(number)
+    @given(kinds)
+    def run(request: tuple[str, bytes]) -> None:
+        target.check("POST", *request)
+
+    run()
+    assert target.held() == (0, 0, 0)
+
+
+def test_good_bodies_are_good(target: Target) -> None:
+    for path, body in GOOD:
+        response = target.send("POST", path, fuzz.written(body))
+        assert response.status_code == 200, (path, response.text)
+
+
+def test_requests_from_our_own_document(target: Target) -> None:
+    _fuzz_document(target, FEW)
+
+
+def test_mutated_bodies(target: Target) -> None:
+    _fuzz_mutations(target, FEW)
+
+
+@_often(100)
+@given(
+    name=st.sampled_from(["X-Request-Id", "Authorization", "Content-Type", "Origin", "traceparent", "Content-Length"]),
+    value=st.text(st.characters(min_codepoint=1, max_codepoint=255, exclude_characters="\r\n"), max_size=30),
+)
+def test_odd_headers(target: Target, name: str, value: str) -> None:
+    transport_headers = {name: value.encode("latin-1").decode("latin-1")}
+    with contextlib.suppress(UnicodeEncodeError):  # the client's own refusal
+        target.check("POST", "/v1/completions", fuzz.written({"prompt": "a", "max_tokens": 2}), transport_headers)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": "\ud800"}),
+        ("completions", {"prompt": ["a", "\udfff"]}),
+        ("completions", {"prompt": "a", "stop": "\ud800"}),
+        ("completions", {"prompt": "a", "stop": ["b", "\ud800"]}),
+        ("completions", {"prompt": "a", "cache_salt": "\ud800"}),
+        ("completions", {"prompt": "a", "request_id": "\ud800"}),
+        ("completions", {"prompt": "a", "model": "\ud800"}),
+        ("completions", {"prompt": "a", "logit_bias": {"\ud800": 1}}),
+        ("completions", {"prompt": "a", "\ud800": 1}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a", "name": "\ud800"}]}),
+        ("chat/completions", {"messages": [{"role": "\ud800", "content": "a"}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"a": "\ud800"}}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a", "tool_calls": [{"a": "\ud800"}]}]}),
+    ],
+)
+def test_half_surrogates_are_refused_in_every_text(target: Target, path: str, body: dict[str, Any]) -> None:
+    response = target.send("POST", f"/v1/{path}", fuzz.written(body))
+    assert response.status_code == 400, response.text
+
+
+@pytest.mark.parametrize("depth", [50, 400, 900, 5000, 100_000])
+@pytest.mark.parametrize("field", ["prompt", "zzz", "logit_bias", "stop", "user", "metadata", "chat_template_kwargs"])
+def test_deep_nesting_is_no_fault_of_the_server(target: Target, field: str, depth: int) -> None:
+    for path, start in (("completions", '{"prompt": "a"'), ("chat/completions", fuzz.written(_CHAT).decode()[:-1])):
+        for opening, closing in ("[]", ('{"a":', "}")):
+            value = opening * depth + "1" + closing * depth
+            target.check("POST", f"/v1/{path}", f'{start}, "{field}": {value}}}'.encode())
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests(target: Target) -> None:
+    _fuzz_document(target, FEW)  # what is loaded at the first use is no leak
+    _fuzz_mutations(target, FEW)
+    before = target.resident()
+    _fuzz_document(target, MANY)
+    _fuzz_mutations(target, MANY)
+    assert target.resident() < 1.05 * before
