@@ -1,0 +1,1 @@
+"""The workbench: what a kernel author measures with. It needs the core only."""
