@@ -9,7 +9,7 @@ import pytest
 import torch
 from octavo.engine.step import ForkRow, NewRow
 from octavo.runtime.rows import Row
-from octavo.runtime.sampler import sample
+from octavo.runtime.sampler import _nucleus, sample
 from octavo.sampling_params import SamplingParams, choice_seed, uniform
 
 VOCAB_SIZE = 200
@@ -254,3 +254,15 @@ def test_half_precision_logits() -> None:
     again = [row_of(seed=i, **PARAMS["all"]) for i in range(100)]
     positions = [POSITION] * 100
     assert torch.equal(sample(logits, rows, positions).token_ids, sample(logits.float(), again, positions).token_ids)
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_nucleus_of_a_large_vocabulary(spread: float) -> None:
+    """Flat distributions need more tokens than the first look takes; the answer is that of a full sort."""
+    logits = spread * torch.randn(8192, generator=torch.Generator().manual_seed(5))
+    ordered = torch.softmax(logits.double(), -1).sort(descending=True)
+    expected = ordered.indices[ordered.values.cumsum(-1) - ordered.values < 0.8]
+    assert (len(expected) > 1024) == (spread < 1)
+    found = set(_nucleus(logits, 0.8).tolist())
+    assert abs(len(found) - len(expected)) <= 1
+    assert len(found ^ set(expected.tolist())) <= 1

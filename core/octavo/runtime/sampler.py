@@ -9,6 +9,8 @@ from octavo.engine.step import TokenLogprob
 from octavo.runtime.rows import Row
 from octavo.sampling_params import uniform
 
+_NUCLEUS = 1024  # tokens among which the nucleus is looked for first
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
@@ -84,7 +86,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[Row], positions: Sequence[int]) -
     logits = logits / temperatures.unsqueeze(-1)
     for i, row in enumerate(rows):
         _filter(logits[i], row.params.min_p, row.params.top_k, row.params.top_p)
-    cumulative = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
     numbers = [uniform(row.seed, position) for row, position in zip(rows, positions, strict=True)]
     targets = torch.tensor(numbers, dtype=torch.float64, device=device).unsqueeze(-1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
@@ -99,11 +101,18 @@ def _filter(logits: torch.Tensor, min_p: float, top_k: int, top_p: float) -> Non
     if 0 < top_k < logits.shape[-1]:
         logits.masked_fill_(logits < logits.topk(top_k).values[-1], lowest)
     if top_p < 1.0:
-        # The smallest set of tokens whose probability reaches top_p (Holtzman et al. 2020, §3.1).
-        ordered, order = logits.sort(descending=True)
-        probabilities = torch.softmax(ordered, dim=-1)
-        dropped = probabilities.cumsum(dim=-1) - probabilities >= top_p
-        logits[order[dropped]] = lowest
+        kept = _nucleus(logits, top_p)
+        values = logits[kept]
+        logits.fill_(lowest)[kept] = values
+
+
+def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The smallest set of tokens whose probability reaches top_p (Holtzman et al. 2020, §3.1), by id."""
+    probabilities = torch.softmax(logits, dim=-1)
+    values, order = probabilities.topk(min(_NUCLEUS, len(logits)))
+    if values.sum() < top_p:  # rare, and a full sort takes many times as long
+        values, order = probabilities.sort(descending=True)
+    return order[values.cumsum(dim=-1) - values < top_p]
 
 
 def _add_to_counts(rows: Sequence[Row], token_ids: torch.Tensor) -> None:
