@@ -103,7 +103,7 @@ def test_kv_waste_is_what_the_lengths_say(
 ) -> None:
     steady = SimpleNamespace(perf_counter=itertools.count(1.0).__next__)  # each step takes a second
     monkeypatch.setattr("octavo_workbench.session.time", steady)
-    jobs = [Job(list(range(10, 10 + prompt)), output) for prompt, output in ((20, 9), (33, 30), (7, 40))]
+    jobs = [*fixed(1, 20, 9, seed=1), *fixed(1, 33, 30, seed=2), *fixed(1, 7, 40, seed=3)]
     monkeypatch.setattr("octavo_workbench.bench.kv_waste.sharegpt_like", lambda count: jobs[:count])
     code, result = _bench(tmp_path, "kv-waste", "--num-requests", "3", "--block-sizes", "16,64", "--max-waste", "1e-9")
     small, large = result["block_sizes"]
