@@ -9,9 +9,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 READY := .venv/.ready
 
-.PHONY: help serve test check bench test-gpu
+.PHONY: help serve test check bench test-gpu mutation
 help:
-	@echo "make serve | test | check | bench | test-gpu    (ARGS=... is passed on; see the top of the Makefile)"
+	@echo "make serve | test | check | bench | test-gpu | mutation    (ARGS=... is passed on; see the top of the Makefile)"
 serve: $(READY)
 	@$(BIN)/octavo serve $(ARGS)
 test: $(READY)
@@ -24,6 +24,10 @@ bench: $(READY)
 	@$(BIN)/octavo bench cpu $(ARGS)
 test-gpu: $(READY)
 	@$(BIN)/python -m pytest -m "gpu and not slow" $(ARGS)
+# Mutants of the scheduler and the block manager; mutmut wants the import root to be called src.
+mutation: $(READY)
+	@rm -rf build/mutation && mkdir -p build/mutation && cp -r core build/mutation/src
+	@cp -r tests pyproject.toml build/mutation && cd build/mutation && PATH=$(CURDIR)/$(BIN):$$PATH mutmut run
 
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || \

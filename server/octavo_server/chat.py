@@ -64,7 +64,7 @@ class Server:
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def stream(self, body: dict[str, Any]) -> Iterator[str]:
-        """The pieces of the answer; closing the iterator closes the connection, which ends the request. Raises ChatError."""
+        """The pieces of the answer; closing the iterator ends the request. Raises ChatError."""
         connection = self._kind(*self._place, timeout=_TIMEOUT_SECONDS)
         with contextlib.closing(connection):
             try:

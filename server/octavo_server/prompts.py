@@ -10,6 +10,9 @@ from octavo.text.threads import check_text
 
 from octavo_server.protocol import ChatMessage, CompletionRequest, GenerationRequest, TemplateOptions
 
+MAX_PROMPTS = 2048
+"""In one request: each becomes a request of the engine's."""
+
 _OPEN_END = "<|octavo-continues-here|>"
 """Marks where the last message ends, so that a rendered conversation can be cut there."""
 
@@ -19,6 +22,8 @@ async def completion_prompts(engine: AsyncEngine, body: CompletionRequest) -> li
     given = [body.prompt] if is_one(body.prompt) else body.prompt
     if not given:
         raise RequestError("The prompt is empty, but must hold at least one token.", "prompt")
+    if len(given) > MAX_PROMPTS:
+        raise RequestError(f"The request has {len(given)} prompts, but at most {MAX_PROMPTS} are taken.", "prompt")
     prompts: list[list[int]] = []
     for one in given:
         if isinstance(one, str):

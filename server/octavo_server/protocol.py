@@ -1,7 +1,7 @@
 """The requests of OpenAI's API, with vLLM's additions. Types are strict: "1" is no number and 1 is no truth value."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from octavo.errors import RequestError
 from octavo.sampling_params import SamplingParams
@@ -50,10 +50,14 @@ Loose = Annotated[dict[str, Any], AfterValidator(_unicode_inside)]
 Int = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-_First = Field(fail_fast=True)  # a long list of another kind is known by its first item
-_TokenIds = Annotated[list[TokenId], _First]
-_Prompts = Annotated[list[Text], _First] | _TokenIds | Annotated[list[_TokenIds], _First]
-Prompt = Annotated[Text | _Prompts, WrapValidator(_one_kind)]
+_T = TypeVar("_T")
+ListOf = Annotated[list[_T], Field(fail_fast=True)]
+"""A list that is refused at its first wrong item: a client could send a million."""
+
+Prompt = Annotated[
+    Text | ListOf[Text] | ListOf[TokenId] | ListOf[ListOf[TokenId]],
+    WrapValidator(_one_kind),
+]
 
 
 class Strict(BaseModel):
@@ -90,13 +94,13 @@ class GenerationRequest(Strict):
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] = {}
     seed: Seed | None = None
-    stop: Text | list[Text] = []
-    stop_token_ids: list[TokenId] = []
+    stop: Text | ListOf[Text] = []
+    stop_token_ids: ListOf[TokenId] = []
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: Int | None = None
-    allowed_token_ids: list[TokenId] | None = None
+    allowed_token_ids: ListOf[TokenId] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     priority: Int = 0
@@ -159,9 +163,9 @@ class ChatMessage(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: Text | ListOf[TextPart] | None = None
     name: Text | None = None
-    tool_calls: list[Loose] | None = None
+    tool_calls: ListOf[Loose] | None = None
     tool_call_id: Text | None = None
 
     def for_template(self) -> dict[str, Any]:
@@ -173,7 +177,7 @@ class ChatMessage(Strict):
         return message
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
 
 class TemplateOptions(Strict):
@@ -236,7 +240,7 @@ class DetokenizeRequest(Strict):
     """Body of /detokenize."""
 
     model: Text | None = None
-    tokens: list[TokenId]
+    tokens: ListOf[TokenId]
 
 
 def _token_bias(bias: Mapping[str, float]) -> dict[int, float]:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from octavo.admission import EngineInfo
 from octavo.config import EngineConfig
@@ -13,6 +14,21 @@ from octavo.engine.scheduler import SchedulerLimits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 MAX_MODEL_LEN = 96
+
+
+class Forgetful(list[Any]):
+    """Knows how much was put into it, and keeps nothing: a long run must not grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count = 0
+
+    def append(self, item: Any) -> None:
+        """Count."""
+        self._count += 1
+
+    def __len__(self) -> int:
+        return self._count
 
 
 def start(config: EngineConfig, progress: Callable[[str], None] | None = None) -> tuple[Engine, EngineInfo]:
@@ -32,7 +48,9 @@ def start(config: EngineConfig, progress: Callable[[str], None] | None = None) -
         eos_token_ids=EOS_TOKEN_IDS,
     )
     limits = SchedulerLimits(max_requests=offered.max_requests, max_tokens=offered.max_tokens)
-    engine = Engine(HashExecutor(offered), offered, limits=limits)
+    executor = HashExecutor(offered)
+    executor.steps, executor.log = Forgetful(), Forgetful()
+    engine = Engine(executor, offered, limits=limits)
     info = EngineInfo(
         model="hashes",
         max_model_len=MAX_MODEL_LEN,

@@ -17,7 +17,7 @@ def main() -> int:
     directory, factory, *settings = sys.argv[1:]
     engine = AsyncEngine(
         EngineConfig(),
-        factory=f"fake_engine:{factory}",
+        factory=factory if ":" in factory else f"fake_engine:{factory}",
         tokenizer=Tokenizer.from_files(Path(directory)),
         progress=lambda phase: print(phase, file=sys.stderr, flush=True),
     )

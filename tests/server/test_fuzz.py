@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+import re
+import resource
+import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import fuzz
 import httpx
@@ -18,9 +21,10 @@ from octavo.config import EngineConfig
 from octavo.text.tokenizer import Tokenizer
 from octavo_server.serve import build_app
 from octavo_server.settings import ServerSettings
+from servers import READY, fake_command
 
-T = TypeVar("T")
 SECONDS = 20.0
+JSON = {"Content-Type": "application/json"}
 FEW, MANY = 250, 5000
 ASKED = {"prompt": "the same again", "seed": 5, "temperature": 0, "max_tokens": 20, "return_token_ids": True}
 _PART = {"type": "text", "text": "u"}
@@ -41,24 +45,16 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@dataclass
-class Target:
-    """The app over a real engine in its own process, called without a network between."""
+class Target(ABC):
+    """A server over a real engine without a model."""
 
-    engine: AsyncEngine
-    app: Any
-    run: Callable[[Awaitable[Any]], Any]
-
+    @abstractmethod
     def send(self, method: str, path: str, content: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
-        """The answer, or TimeoutError after SECONDS."""
-        response: httpx.Response = self.run(self._send(method, path, content, headers or {}))
-        return response
+        """The answer; an exception after SECONDS."""
 
-    async def _send(self, method: str, path: str, content: bytes, headers: dict[str, str]) -> httpx.Response:
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client, asyncio.timeout(SECONDS):
-            every = {"Content-Type": "application/json", **headers}
-            return await client.request(method, path, content=content, headers=every)
+    @abstractmethod
+    def held(self) -> tuple[float, float, float]:
+        """Requests that run, that wait, and what is held of the KV cache."""
 
     def check(self, method: str, path: str, content: bytes, headers: dict[str, str] | None = None) -> None:
         """Send, and see that the answer is well formed."""
@@ -68,42 +64,92 @@ class Target:
             error = response.json()["error"]
             assert set(error) == {"message", "type", "param", "code"} and error["message"]
 
-    def held(self) -> tuple[int, int, int]:
-        """Requests that run, that wait, and blocks that are held."""
-        stats = self.run(self.engine.stats())
+    def answer(self) -> list[int]:
+        """The tokens of a fixed question."""
+        response = self.send("POST", "/v1/completions", fuzz.written(ASKED))
+        assert response.status_code == 200, response.text
+        tokens: list[int] = response.json()["choices"][0]["token_ids"]
+        return tokens
+
+
+class Here(Target):
+    """The app in this process, called without a network between."""
+
+    def __init__(self, engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:
+        self._engine = engine
+        self._loop = loop
+        self._app = build_app(engine, ServerSettings())
+
+    def send(self, method: str, path: str, content: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
+        return self._loop.run_until_complete(self._send(method, path, content, headers or {}))
+
+    async def _send(self, method: str, path: str, content: bytes, headers: dict[str, str]) -> httpx.Response:
+        transport = httpx.ASGITransport(self._app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client, asyncio.timeout(SECONDS):
+            return await client.request(method, path, content=content, headers={**JSON, **headers})
+
+    def held(self) -> tuple[float, float, float]:
+        stats = self._loop.run_until_complete(self._engine.stats())
         return stats.num_running, stats.num_waiting, stats.num_blocks_used
 
-    def resident(self) -> int:
-        """Resident pages of this process and of the engine's."""
-        link = self.engine._link
-        assert link is not None
-        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in (os.getpid(), link.process.pid))
+
+class There(Target):
+    """A server in processes of its own, `pids`."""
+
+    def __init__(self, client: httpx.Client, pids: list[int]) -> None:
+        self._client = client
+        self._pids = pids
+
+    def send(self, method: str, path: str, content: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
+        return self._client.request(method, path, content=content, headers={**JSON, **(headers or {})})
+
+    def held(self) -> tuple[float, float, float]:
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+        lines = self._client.get("/metrics").text.splitlines()
+        found = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines if line.startswith(names)}
+        return found[names[0]], found[names[1]], found[names[2]]
+
+    def resident_bytes(self) -> int:
+        """What the processes have in memory."""
+        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self._pids)
+        return pages * resource.getpagesize()
 
 
 @pytest.fixture(scope="module")
-def target(tokenizer: Tokenizer) -> Iterator[Target]:
-    """A target that answers the same question the same way before and after, with nothing held in between."""
+def helpers_for_children() -> Iterator[None]:
+    """Processes find tests/helpers."""
     helpers = str(Path(__file__).parents[1] / "helpers")
-    path = os.pathsep.join([helpers, *filter(None, [os.environ.get("PYTHONPATH")])])
-    loop = asyncio.new_event_loop()
-    with pytest.MonkeyPatch.context() as patch, contextlib.closing(loop):
-        patch.setenv("PYTHONPATH", path)
-        engine = loop.run_until_complete(
-            AsyncEngine.start(EngineConfig(), factory="hash_engine:start", tokenizer=tokenizer)
-        )
-        target = Target(engine, build_app(engine, ServerSettings()), loop.run_until_complete)
-        before = _answer(target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([helpers, *filter(None, [os.environ.get("PYTHONPATH")])]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def target(tokenizer: Tokenizer, helpers_for_children: None) -> Iterator[Here]:
+    """A target that answers the same question the same way before and after, with nothing held in the end."""
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        starting = AsyncEngine.start(EngineConfig(), factory="hash_engine:start", tokenizer=tokenizer)
+        engine = loop.run_until_complete(starting)
+        target = Here(engine, loop)
+        before = target.answer()
         yield target
         assert target.held() == (0, 0, 0)
-        assert _answer(target) == before
+        assert target.answer() == before
         loop.run_until_complete(engine.shutdown())
 
 
-def _answer(target: Target) -> list[int]:
-    response = target.send("POST", "/v1/completions", fuzz.written(ASKED))
-    assert response.status_code == 200, response.text
-    tokens: list[int] = response.json()["choices"][0]["token_ids"]
-    return tokens
+@pytest.fixture
+def server(tmp_path: Path, helpers_for_children: None) -> Iterator[There]:
+    """A server of its own."""
+    command = fake_command(tmp_path, "hash_engine:start")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        url = next(found[1] for line in process.stderr if (found := re.search(READY, line)))
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        with httpx.Client(base_url=url, timeout=SECONDS) as client:
+            yield There(client, [process.pid, *map(int, children)])
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 def _often(number: int) -> Any:
@@ -113,7 +159,7 @@ def _often(number: int) -> Any:
 
 def _fuzz_document(target: Target, number: int) -> None:
     @_often(number)
-    @given(fuzz.documented(target.app.openapi()))
+    @given(fuzz.documented(target.send("GET", "/openapi.json", b"").json()))
     def run(request: tuple[str, str, bytes]) -> None:
         target.check(*request)
 
@@ -193,10 +239,12 @@ def test_deep_nesting_is_no_fault_of_the_server(target: Target, field: str, dept
 
 
 @pytest.mark.slow
-def test_ten_thousand_requests(target: Target) -> None:
-    _fuzz_document(target, FEW)  # what is loaded at the first use is no leak
-    _fuzz_mutations(target, FEW)
-    before = target.resident()
-    _fuzz_document(target, MANY)
-    _fuzz_mutations(target, MANY)
-    assert target.resident() < 1.05 * before
+def test_ten_thousand_requests(server: There) -> None:
+    before = server.answer()
+    _fuzz_document(server, FEW)  # what is loaded at the first use is no leak
+    _fuzz_mutations(server, FEW)
+    resident = server.resident_bytes()
+    _fuzz_document(server, MANY)
+    _fuzz_mutations(server, MANY)
+    assert server.resident_bytes() < 1.05 * resident
+    assert server.answer() == before

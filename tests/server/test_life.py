@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -189,9 +190,16 @@ def test_serve_settings_are_checked() -> None:
             ServerSettings(**wrong)  # type: ignore[arg-type]
 
 
-def test_taken_port_is_one_sentence() -> None:
-    import socket
+def test_small_answers_are_sent_at_once() -> None:
+    from octavo_server.serve import _listen
 
+    with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_taken_port_is_one_sentence() -> None:
     from octavo.errors import ConfigError
     from octavo_server.serve import _listen
 

@@ -1,6 +1,7 @@
 """Bodies, open requests, the queue and long texts."""
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -128,6 +129,22 @@ async def test_text_that_cannot_fit_is_not_tokenised(tokenizer: Tokenizer, monke
             answer = await live.client.post(f"/v1/{path}", json=body)
             assert answer.status_code == 400 and "320 fits the model's context" in answer.text
     assert max(seen, default=0) < 320
+
+
+async def test_a_million_wrong_items_are_refused_at_the_first(tokenizer: Tokenizer) -> None:
+    async with live_server(tokenizer, ServerSettings(port=0)) as live:
+        for path, body in (
+            ("completions", {"prompt": ["a", *[1] * 500_000]}),
+            ("completions", {"prompt": "a", "stop_token_ids": ["x"] * 500_000}),
+            ("completions", {"prompt": ["a"] * 500_000}),
+            ("chat/completions", {"messages": [{}] * 500_000}),
+        ):
+            content = json.dumps(body).encode()
+            begin = time.perf_counter()
+            headers = {"Content-Type": "application/json"}
+            answer = await live.client.post(f"/v1/{path}", content=content, headers=headers)
+            assert answer.status_code == 400
+            assert time.perf_counter() - begin < 0.75, list(body)  # with an error for each item it takes seconds
 
 
 def test_tokenising_lets_other_threads_run(tokenizer: Tokenizer) -> None:

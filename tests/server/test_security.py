@@ -8,6 +8,7 @@ import ssl
 from pathlib import Path
 from typing import Any
 
+import fake_engine
 import httpx
 import pytest
 from octavo.async_engine import AsyncEngine
@@ -17,6 +18,7 @@ from octavo.text.tokenizer import Tokenizer
 from octavo_server import security, serve
 from octavo_server.security import ALWAYS_OPEN, DOCS, read_keys
 from octavo_server.settings import ServerSettings
+from octavo_server.welcome import welcome
 from servers import live_server
 
 TLS = Path(__file__).parents[1] / "data" / "tls"
@@ -278,15 +280,38 @@ async def test_unix_socket(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert path.read_text() == "precious"
 
 
-def test_welcome_shows_no_key_and_warns_of_an_open_door(capsys: pytest.CaptureFixture[str]) -> None:
-    import fake_engine
-    from octavo_server.welcome import welcome
+def _welcome(host: str, guarded: bool, **settings: Any) -> tuple[str, int]:
+    info = fake_engine.info()
+    info.memory = {"weights": 3 << 20, "KV cache": 5 << 20}
+    with socket.create_server((host, 0)) as listener:
+        text = welcome(info, listener, ServerSettings(**settings), 1.0, guarded=guarded)
+        return text, listener.getsockname()[1]
 
-    with socket.create_server(("0.0.0.0", 0)) as listener:
-        port = listener.getsockname()[1]
-        text = welcome(fake_engine.info(), listener, ServerSettings(api_key=("secret",)), 1.0, guarded=True)
-        assert "secret" not in text and "Warning" not in text
-        curl = text.splitlines()[-1]
-        assert curl.startswith(f"curl http://127.0.0.1:{port}/v1/chat/completions") and "$OCTAVO_API_KEY" in curl
-        assert json.loads(curl.partition(" -d '")[2].removesuffix("'"))["temperature"] == 0
-        assert "--api-key-file" in welcome(fake_engine.info(), listener, ServerSettings(), 1.0, guarded=False)
+
+def test_welcome_tells_what_was_selected_and_the_memory_and_ends_with_a_request() -> None:
+    text, port = _welcome("127.0.0.1", guarded=False)
+    lines = text.splitlines()
+    chosen = [
+        "attention backend: one [fake, fakes 1.0]",
+        "    not other [fake]: it is not there",
+        "matmul: two [fake, fakes 1.0]",
+        "    not other [fake]: it is not there",
+    ]
+    assert lines[:4] == chosen  # equal selections once
+    assert lines[4] == "Memory:" and [line.split()[-2:] for line in lines[5:8]] == [
+        ["3.0", "MiB"],
+        ["5.0", "MiB"],
+        ["8.0", "MiB"],
+    ]
+    assert f"at http://127.0.0.1:{port}." in text and "Warning" not in text
+    start, _, body = lines[-1].partition(" -d '")
+    assert start == f"curl http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json'"
+    assert json.loads(body.removesuffix("'"))["temperature"] == 0
+
+
+def test_welcome_shows_no_key_and_warns_of_an_open_door() -> None:
+    text, port = _welcome("0.0.0.0", guarded=True, api_key=("secret",))
+    assert "secret" not in text and "Warning" not in text
+    assert f"curl http://127.0.0.1:{port}/" in text and "Bearer $OCTAVO_API_KEY" in text
+    assert "--api-key-file" in _welcome("0.0.0.0", guarded=False)[0]
+    assert "curl --unix-socket /s http://localhost/v1" in _welcome("127.0.0.1", guarded=False, uds="/s")[0]

@@ -13,7 +13,7 @@ from octavo.engine.block_manager import KVGroup
 from octavo.engine.loop import Engine
 from octavo.engine.scheduler import SchedulerLimits
 from octavo.engine.step import StepOutput, TokenEvent
-from octavo.errors import RequestError
+from octavo.errors import RequestError, StepError
 from octavo.sampling_params import SamplingParams
 
 
@@ -209,7 +209,9 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(how: str) -> Non
     house.run()
     told = house.ledger.asked[failed].choices[0]
     assert told.finish_reason == "error"
-    assert told.error == ("The step failed with RuntimeError: step 0 is refused" if how == "submit" else "step 0 failed")
+    assert told.error == (
+        "The step failed with RuntimeError: step 0 is refused" if how == "submit" else "step 0 failed"
+    )
     assert house.ledger.asked[later].choices[0].finish_reason == "length"
 
 
@@ -232,18 +234,29 @@ def test_no_step_is_submitted_behind_a_refused_one() -> None:
 class BrokenFuture(HashExecutor):
     """Its outputs end in an exception, as those of a worker that died do."""
 
+    error: Exception = ConnectionError("rank 1 is gone")
+
     def sample(self, handle: object, masks: object | None = None) -> Future[StepOutput]:
         future: Future[StepOutput] = Future()
-        future.set_exception(ConnectionError("rank 1 is gone"))
+        future.set_exception(self.error)
         return future
 
 
-def test_an_exception_in_the_output_fails_the_step() -> None:
-    engine = Engine(BrokenFuture(capacity_of()), capacity_of())
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ConnectionError("rank 1 is gone"), "The step failed with ConnectionError: rank 1 is gone"),
+        (StepError("The attention backend failed in layer 3."), "The attention backend failed in layer 3."),
+    ],
+)
+def test_an_exception_in_the_output_fails_the_step(error: Exception, told: str) -> None:
+    executor = BrokenFuture(capacity_of())
+    executor.error = error
+    engine = Engine(executor, capacity_of())
     engine.add_request("a", [1], SamplingParams(n=2))
     events = [event for _ in range(2) for event in engine.step()]
-    assert [(e.finish_reason, e.error) for e in events] == [("error", "ConnectionError: rank 1 is gone")] * 2
-    assert {event.choice for event in events} == {0, 1}
+    ends = [(event.choice, event.finish_reason, event.error) for event in events]
+    assert sorted(ends) == [(0, "error", told), (1, "error", told)]
     while engine.has_work():
         engine.step()
 
