@@ -123,22 +123,6 @@ class AsyncEngine:
         check_text(text, self.tokenizer, self.info.max_model_len)
         return await self._threads.run(len(text), self.tokenizer.encode, text, add_special_tokens)
 
-    async def tokenize_chat(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **template: Any
-    ) -> list[int]:
-        """Token ids of a conversation by the model's chat template; `template` are variables for it."""
-        tokenizer, longest = self.tokenizer, self.info.max_model_len
-        contents = [str(message.get("content") or "") for message in messages]
-        for content in contents:
-            check_text(content, tokenizer, longest)
-
-        def encode() -> list[int]:
-            text = tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, **template)
-            check_text(text, tokenizer, longest)
-            return tokenizer.encode(text, add_special_tokens=False)
-
-        return await self._threads.run(sum(map(len, contents)), encode)
-
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Refuse what the engine would refuse, without asking it. Raises RequestError."""
         check_request(
