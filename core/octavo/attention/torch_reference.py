@@ -27,7 +27,7 @@ Lens = Callable[[int], int]
 class _Decodes:
     """Requests of one token, gathered together. `rows` None means tokens 0, 1, ..., `count` - 1.
 
-    `gather` [count * Hk * B] indexes heads of pages, `unused` the gathered tokens that hold any bits, and `mask`
+    `gather` [2 * count * Hk * B] indexes heads of pages, `unused` the gathered tokens that hold any bits, and `mask`
     [count, 1, 1, length] is added to the scores. Without a mask every query sees the first `length` tokens.
     """
 
@@ -160,7 +160,9 @@ class TorchAttention:
         last = (positions < (ends + size - 1) // size * size) | (positions % size >= ends)
         requests, places = ((positions >= ends) & last).nonzero(as_tuple=True)
         heads = torch.arange(num_heads, device=ends.device).view(-1, 1) + requests * num_heads
-        unused = (heads * positions.numel() + places).view(-1)
+        unused = heads * positions.numel() + places
+        values = len(ends) * num_heads * positions.numel()
+        unused = torch.cat((unused, unused + values)).view(-1)
         return unused if len(unused) else None
 
     def _plan_prompts(
@@ -191,9 +193,9 @@ class TorchAttention:
         return plans
 
     def _heads_of(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Where the heads of blocks [R, B] lie among those of all pages, [R * Hk * B]: a page is keys, then values."""
+        """Where the keys, then the values of blocks [R, B] lie among the heads of all pages, [2 * R * Hk * B]."""
         num_heads = self.spec.num_kv_heads
-        heads = torch.arange(num_heads, device=blocks.device).view(1, -1, 1)
+        heads = torch.arange(2 * num_heads, device=blocks.device).view(2, 1, -1, 1)
         return (blocks.long().unsqueeze(1) * (2 * num_heads) + heads).reshape(-1)
 
     def _seen(self, query_len: int, num_keys: int, device: torch.device) -> torch.Tensor:
@@ -233,7 +235,7 @@ class TorchAttention:
         self, plan: _Decodes, q: torch.Tensor, kv: KVCache, out: torch.Tensor, lse: torch.Tensor | None
     ) -> None:
         spec = self.spec
-        k, v = (self._gather(pages, plan.gather, plan.count, plan.unused) for pages in (kv.k, kv.v))
+        k, v = self._gather(kv, plan.gather, plan.count, plan.unused)
         k, v = k[:, :, : plan.length], v[:, :, : plan.length]
         rows = slice(plan.count) if plan.rows is None else plan.rows
         queries = q[rows].view(plan.count, spec.num_kv_heads, self.group_size, spec.head_dim)
@@ -246,17 +248,16 @@ class TorchAttention:
             lse[rows] = result_lse.reshape(plan.count, spec.num_heads)
 
     def _gather(
-        self, pages: torch.Tensor, heads: torch.Tensor, count: int, unused: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Keys or values [count, Hk, length, D]: each index of `heads` copies one head's tokens of one block."""
+        self, kv: KVCache, heads: torch.Tensor, count: int, unused: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [count, Hk, length, D]: each index of `heads` copies one head's tokens of one block."""
         spec = self.spec
         size = spec.block_size * spec.head_dim
-        num_rows = (2 * pages.shape[0] - 1) * spec.num_kv_heads
-        rows = pages.as_strided((num_rows, size), (size, 1))
-        tokens = rows.index_select(0, heads).view(count, spec.num_kv_heads, -1, spec.head_dim)
+        rows = kv.k.as_strided((2 * kv.k.shape[0] * spec.num_kv_heads, size), (size, 1))
+        tokens = rows.index_select(0, heads).view(2, count, spec.num_kv_heads, -1, spec.head_dim)
         if unused is not None:
             tokens.view(-1, spec.head_dim).index_fill_(0, unused, 0)
-        return tokens
+        return tokens[0], tokens[1]
 
     def _forward_prompts(
         self,
@@ -271,7 +272,7 @@ class TorchAttention:
         if plan.fresh and new is not None:
             k, v = (_split(x[tokens], plan.count) for x in new)
         elif self.gathers:
-            k, v = (self._gather(x, plan.blocks, plan.count)[:, :, plan.first : plan.end] for x in (kv.k, kv.v))
+            k, v = (x[:, :, plan.first : plan.end] for x in self._gather(kv, plan.blocks, plan.count))
         else:
             k, v = (_split(x[plan.first :], 1) for x in self.spec.cache_format.read(kv, plan.blocks[0], plan.end))
         queries = _split(q[tokens], plan.count).to(k.dtype)

@@ -3,6 +3,7 @@
 import torch
 
 from octavo.kv_cache.interface import KVCache, KVSpec
+from octavo.memo import StepMemo
 
 LAYOUT = "plain"
 
@@ -22,6 +23,8 @@ class PlainFormat:
     def __init__(self, spec: KVSpec, options: object = None) -> None:
         self.spec = spec
         self.shift = spec.block_size.bit_length() - 1
+        self._half = spec.num_kv_heads * spec.block_size  # heads of one token in a page's keys, or in its values
+        self._rows = StepMemo(self._rows_of)
 
     def page_bytes(self) -> int:
         """Bytes of one block of one layer: 2 Hk block_size D elements."""
@@ -36,10 +39,18 @@ class PlainFormat:
 
     def write(self, kv: KVCache, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """Store k, v [T, Hk, D] at slots [T]; slot -1 lands in the null block, which may hold any bits."""
-        slots = slots.clamp_min(0)
-        place = (slots >> self.shift, slice(None), slots & (self.spec.block_size - 1))
-        kv.k[place] = k
-        kv.v[place] = v
+        rows, head_dim = self._rows(slots), self.spec.head_dim
+        for pages, values in ((kv.k, k), (kv.v, v)):
+            count = (2 * pages.shape[0] - 1) * self._half
+            tokens = pages.as_strided((count, head_dim), (head_dim, 1))
+            tokens.index_copy_(0, rows, values.reshape(-1, head_dim))
+
+    def _rows_of(self, slots: torch.Tensor) -> torch.Tensor:
+        """Where the heads of slots [T] lie, counted in heads of one token from the first page's keys on: [T * Hk]."""
+        spec, slots = self.spec, slots.clamp_min(0)
+        first = (slots >> self.shift) * (2 * self._half) + (slots & (spec.block_size - 1))
+        heads = torch.arange(0, self._half, spec.block_size, device=slots.device)
+        return (first.unsqueeze(1) + heads).view(-1)
 
     def read(self, kv: KVCache, blocks: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first n tokens of blocks [B] as float32 (k, v), each [n, Hk, D]."""

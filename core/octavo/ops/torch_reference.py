@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from octavo.kv_cache.interface import KVCache, KVCacheFormat
+from octavo.memo import StepMemo
 from octavo.ops.interface import OPS, OpSpec
 
 
@@ -20,12 +21,16 @@ class TorchOps:
 
     def __init__(self, options: object = None) -> None:
         del options
+        self._turns = StepMemo(_turns)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
         if x.dtype == weight.dtype:
             return torch.rms_norm(x, weight.shape, weight, eps)
-        return torch.rms_norm(x, weight.shape, None, eps).mul_(weight).to(weight.dtype)
+        # Fewer and shorter calls than torch.rms_norm's own, which count where there are few tokens.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+        return (x * scale).mul_(weight).to(weight.dtype)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
@@ -41,11 +46,9 @@ class TorchOps:
 
     def rotary(self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> None:
         """Rotate x [T, heads, D] in place."""
-        cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
-        first, second = x.float().chunk(2, dim=-1)
-        turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
-        for half, values in zip(x.chunk(2, dim=-1), turned, strict=True):
-            half.copy_(values)
+        cos, sin = self._turns(positions, cos_sin)
+        values = x.float()
+        x.copy_(values.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(values, cos))
 
     def rotary_and_write(
         self,
@@ -61,3 +64,9 @@ class TorchOps:
         """Rotary in place, then the write."""
         self.rotary(qk, positions, cos_sin)
         cache_format.write(kv, qk[:, num_heads:], v, slots)
+
+
+def _turns(positions: torch.Tensor, cos_sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, cos) and (-sin, sin) of each position, [T, 1, D]: what a head and its swapped halves are multiplied by."""
+    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

@@ -5,7 +5,7 @@ Between them stand the canonical weights, so that formats and kernels do not mul
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
@@ -90,8 +90,7 @@ class ActivationSpec:
     scheme: str = "dense"
 
 
-@dataclass(frozen=True, slots=True)
-class Activation:
+class Activation(NamedTuple):
     """A matmul's input: values [T, in], with scales where the scheme has them."""
 
     values: torch.Tensor

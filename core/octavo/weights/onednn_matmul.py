@@ -38,6 +38,7 @@ class OneDNNMatmul:
 
     def __init__(self, options: object = None) -> None:
         del options
+        self._linear = torch.ops.mkldnn._linear_pointwise.default  # found once: the search costs as much as a small op
 
     def pack(self, weight: Dense) -> torch.Tensor:
         """The weight in oneDNN's blocked layout."""
@@ -48,5 +49,5 @@ class OneDNNMatmul:
         self, x: Activation, packed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x W^T + b."""
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.values, packed, bias, "none", [], "")
+        result: torch.Tensor = self._linear(x.values, packed, bias, "none", [], "")
         return result if out is None else out.copy_(result)
