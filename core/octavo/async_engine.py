@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Self
 
 from octavo import errors
@@ -141,7 +141,7 @@ class AsyncEngine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Yield what each choice gains, step by step. Closing the iterator frees the request's blocks at once.
 
         Raises RequestError when the request is refused, EngineDeadError when the engine ends before it.

@@ -11,9 +11,10 @@ from octavo.errors import OctavoError
 from octavo_server import problems, tokens
 from octavo_server.api_settings import ApiSettings, read_chat_template
 from octavo_server.backends import describe_backends
+from octavo_server.bodies import BodyRoute
 from octavo_server.fields import UnknownFieldsWarned
 from octavo_server.forms import ChatForm, CompletionForm, Form
-from octavo_server.jobs import Api, Job, chat_job, check_reason, completion_job
+from octavo_server.jobs import Api, Caller, Job, chat_job, check_reason, completion_job
 from octavo_server.metrics import Metrics
 from octavo_server.problems import NotReadyError, UnknownModelError
 from octavo_server.protocol import (
@@ -24,22 +25,30 @@ from octavo_server.protocol import (
     TokenizeRequest,
 )
 from octavo_server.responses import JSON, envelope, usage
+from octavo_server.security import key_of
 from octavo_server.streaming import DONE, EventStream, JSONAnswer, event, while_connected
 
 _CLIENT_LEFT = 499  # seen by nobody but an access log
 
 
 def create_app(
-    engine: AsyncEngine, served_names: Sequence[str] = (), *, created: int = 0, settings: ApiSettings | None = None
+    engine: AsyncEngine,
+    served_names: Sequence[str] = (),
+    *,
+    created: int = 0,
+    settings: ApiSettings | None = None,
+    isolate_cache_by_key: bool = False,
 ) -> FastAPI:
     """The server's ASGI application over an engine, which may still be starting.
 
     `served_names` are the model's names (default: the engine's own); `created` is the model's date in /v1/models.
+    `isolate_cache_by_key`: a prefix-cache entry serves requests of the same API key only.
     Raises ConfigError for a chat template that cannot be read.
     """
     settings = settings or ApiSettings()
-    api = Api(engine, settings, read_chat_template(settings))
+    api = Api(engine, settings, read_chat_template(settings), isolate_cache_by_key)
     app = FastAPI(title="Octavo", version=__version__)
+    app.router.route_class = BodyRoute
     problems.install(app)
     if settings.unknown_fields == "warn":
         app.add_middleware(UnknownFieldsWarned)
@@ -66,14 +75,14 @@ def _add_generation_routes(app: FastAPI, api: Api, names: Callable[[], list[str]
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Complete a text or token ids."""
         model = _model(api.engine, body.model, names)
-        job = await completion_job(api, body, model, _request_id(body, request))
+        job = await completion_job(api, body, model, _caller(body, request))
         return await _answer(request, body, job, CompletionForm(job, body))
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         model = _model(api.engine, body.model, names)
-        job = await chat_job(api, body, model, _request_id(body, request))
+        job = await chat_job(api, body, model, _caller(body, request))
         return await _answer(request, body, job, ChatForm(job, body))
 
 
@@ -158,8 +167,8 @@ def _model(engine: AsyncEngine, asked: str | None, names: Callable[[], list[str]
     return asked
 
 
-def _request_id(body: GenerationRequest, request: Request) -> str | None:
-    return body.request_id or request.headers.get("x-request-id")
+def _caller(body: GenerationRequest, request: Request) -> Caller:
+    return Caller(body.request_id or request.headers.get("x-request-id"), key_of(request.scope))
 
 
 async def _answer(request: Request, body: GenerationRequest, job: Job, form: Form) -> Response:

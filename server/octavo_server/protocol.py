@@ -11,6 +11,8 @@ from pydantic_core import PydanticCustomError
 from octavo_server.api_settings import TEMPLATE_ARGUMENTS
 from octavo_server.fields import known_fields
 
+_SLICE = 10_000
+
 
 def _unicode(text: str) -> str:
     try:
@@ -22,10 +24,21 @@ def _unicode(text: str) -> str:
     return text
 
 
+def _in_slices(value: Any, handler: Any) -> Any:
+    """Long lists in slices, since pydantic lets no other thread run until it is done with one."""
+    if not isinstance(value, list) or len(value) <= _SLICE:
+        return handler(value)
+    slices = (value[start : start + _SLICE] for start in range(0, len(value), _SLICE))
+    return [item for one in slices for item in handler(one)]
+
+
 def _one_kind(value: Any, handler: Any) -> Any:
     """One sentence rather than one for each member of the union that did not match."""
     try:
-        return handler(value)
+        found = _in_slices(value, handler)
+        if isinstance(found, list) and len(set(map(type, found[::_SLICE]))) > 1:
+            raise ValueError("each slice is of a kind, but not all of the same")
+        return found
     except ValueError:
         kinds = "a text, a list of texts, a list of token ids, or a list of such lists"
         raise PydanticCustomError("prompt", f"The prompt must be {kinds}") from None
@@ -51,7 +64,7 @@ Int = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _T = TypeVar("_T")
-ListOf = Annotated[list[_T], Field(fail_fast=True)]
+ListOf = Annotated[list[_T], Field(fail_fast=True), WrapValidator(_in_slices)]
 """A list that is refused at its first wrong item: a client could send a million."""
 
 Prompt = Annotated[

@@ -30,7 +30,8 @@ logger = logging.getLogger("octavo.security")
 def read_keys(settings: ServerSettings) -> tuple[str, ...]:
     """All keys of the flags, the environment and the file; none where the server is open to all.
 
-    Raises ConfigError for a file that cannot be read or holds no key: no mistake leaves the server open.
+    Raises ConfigError for a file that cannot be read or holds no key: no mistake leaves the server open, nor the cache
+    shared.
     """
     keys = list(settings.api_key or ())
     if settings.api_key_file is not None:
@@ -40,6 +41,10 @@ def read_keys(settings: ServerSettings) -> tuple[str, ...]:
         keys.append(theirs)
     if not keys and os.environ.get("OCTAVO_API_KEY"):
         raise ConfigError("OCTAVO_API_KEY is set, but holds no key: give it one, or unset it.")
+    if settings.isolate_cache_by_key and not keys:
+        raise ConfigError(
+            "--isolate-cache-by-key needs keys to tell callers apart: give --api-key-file, or leave it out."
+        )
     for number, key in enumerate(keys, 1):
         if not (key.isascii() and key.isprintable()) or key != key.strip():
             raise ConfigError(
@@ -80,10 +85,13 @@ class KeyGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401 (ASGI)."""
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and route_of(scope) in self._open):
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-        elif (name := self._known(Headers(scope=scope).get("authorization", ""))) is not None:
+            return
+        name = self._known(Headers(scope=scope).get("authorization", ""))
+        if name is not None:  # an open route learns of the key too: limits and cache entries are each key's own
             scope.setdefault("state", {})["octavo_key"] = name
+        if name is not None or (scope["type"] == "http" and route_of(scope) in self._open):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             await _unauthorized(scope)(scope, receive, send)

@@ -37,6 +37,8 @@ _ANSWER_SECONDS = 5.0
 """What answers may take to be sent once the engine has ended."""
 
 _REFRESH_SECONDS = 5.0
+_SWITCH_SECONDS = 0.001
+"""How long a thread that reads a large body may keep the interpreter from the event loop (Python's own: 5 ms)."""
 
 
 class ServeCommand:
@@ -58,6 +60,7 @@ class ServeCommand:
         settings = resolve(ServerSettings, args, ALL_SETTINGS)
         api = resolve(ApiSettings, args, ALL_SETTINGS)
         configure_logging(settings)
+        sys.setswitchinterval(_SWITCH_SECONDS)
         return asyncio.run(serve(AsyncEngine(config, progress=_say), settings, api))
 
 
@@ -65,7 +68,13 @@ def build_app(
     engine: AsyncEngine, settings: ServerSettings, api: ApiSettings | None = None, keys: Sequence[str] = ()
 ) -> FastAPI:
     """The API with everything before it: ids and logs first, then origins, keys, limits. Raises ConfigError."""
-    app = create_app(engine, settings.served_model_name, created=int(time.time()), settings=api)
+    app = create_app(
+        engine,
+        settings.served_model_name,
+        created=int(time.time()),
+        settings=api,
+        isolate_cache_by_key=settings.isolate_cache_by_key,
+    )
     # The middleware added last sees a request first.
     observers = [limit(app, settings, engine)]
     guard(app, settings, keys)

@@ -30,6 +30,9 @@ class ServerSettings:
         several=True,
     )
     api_key_file: str | None = documented("file of keys, one a line; # begins a comment")
+    isolate_cache_by_key: bool = documented(
+        "share prefix-cache entries between requests of the same key only; needs keys", False
+    )
     open_routes: tuple[str, ...] = documented("routes that need no key, besides /live and /health", ())
     ssl_keyfile: str | None = documented("file of the TLS certificate's private key (PEM)")
     ssl_certfile: str | None = documented("file of the TLS certificate (PEM); with it the server speaks https only")

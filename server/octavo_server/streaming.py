@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -108,11 +108,16 @@ def _joined(first: Delta, second: Delta) -> Delta:
     )
 
 
-async def merge(streams: Sequence[AsyncIterator[T]]) -> AsyncGenerator[tuple[int, T], None]:
+async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """Items of all streams as they come, each with its stream's number. The first exception ends them all."""
+    if len(streams) == 1:  # the usual case needs no queue
+        async with contextlib.aclosing(streams[0]) as only:
+            async for first in only:
+                yield 0, first
+        return
     items: asyncio.Queue[tuple[int, T] | None] = asyncio.Queue()
 
-    async def pump(number: int, stream: AsyncIterator[T]) -> None:
+    async def pump(number: int, stream: AsyncGenerator[T, None]) -> None:
         try:
             async for item in stream:
                 items.put_nowait((number, item))

@@ -124,6 +124,20 @@ async def test_completion_logprobs(service: Any, tokenizer: Tokenizer) -> None:
     assert {name: [entry for part in parts for entry in part[name]] for name in echoed} == echoed
 
 
+@pytest.mark.parametrize("n", [1, 2])
+async def test_echo_without_generation_shows_the_prompt_alone(service: Any, n: int) -> None:
+    body = {"prompt": "ab", "echo": True, "max_tokens": 0, "logprobs": 1, "n": n, "return_token_ids": True}
+    answer = await _post(service, "completions", body)
+    for choice in answer["choices"]:
+        assert (choice["text"], choice["finish_reason"], choice["token_ids"]) == ("ab", "length", [])
+        assert choice["logprobs"]["tokens"] == ["a", "b"] and choice["logprobs"]["token_logprobs"] == [None, -1.0]
+    assert answer["usage"]["completion_tokens"] == 0 and answer["usage"]["prompt_tokens"] == 2
+    chunks = await _stream(service, "completions", body)
+    assert [chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"]] == ["ab"] * n
+    without = await service.client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 0})
+    assert without.status_code == 400 and "max_tokens is 0" in without.json()["error"]["message"]
+
+
 async def test_prompt_logprobs_and_token_ids(service: Any, tokenizer: Tokenizer) -> None:
     body = {"prompt": "ab", "max_tokens": 1, "prompt_logprobs": 1, "return_token_ids": True}
     choice = (await _post(service, "completions", body))["choices"][0]

@@ -238,6 +238,36 @@ def test_deep_nesting_is_no_fault_of_the_server(target: Target, field: str, dept
             target.check("POST", f"/v1/{path}", f'{start}, "{field}": {value}}}'.encode())
 
 
+def _fuzz_schemathesis(target: Target, number: int) -> None:
+    """The same with requests that schemathesis makes of the document: half of them meant to be right, half wrong."""
+    schemathesis = pytest.importorskip("schemathesis")
+    document = schemathesis.openapi.from_dict(target.send("GET", "/openapi.json", b"").json())
+    operations = [one.ok() for one in document.get_all_operations()]
+    for mode in schemathesis.GenerationMode:
+        cases = st.one_of([one.as_strategy(generation_mode=mode) for one in operations])
+
+        @_often(number // 2)
+        @given(cases)
+        def run(case: Any) -> None:
+            request = case.as_transport_kwargs(base_url="http://server")
+            body = fuzz.written(request["json"]) if "json" in request else request.get("data") or b""
+            target.check(request["method"], case.formatted_path, body)
+
+        run()
+    assert target.held() == (0, 0, 0)
+
+
+@pytest.mark.slow
+def test_five_thousand_requests_of_schemathesis(server: There) -> None:
+    before = server.answer()
+    _fuzz_schemathesis(server, FEW)
+    resident = server.resident_bytes()
+    _fuzz_schemathesis(server, MANY)
+    print(f"memory after {server.resident_bytes() / resident:.3f} of before")
+    assert server.resident_bytes() < 1.05 * resident
+    assert server.answer() == before
+
+
 @pytest.mark.slow
 def test_ten_thousand_requests(server: There) -> None:
     before = server.answer()
@@ -246,5 +276,6 @@ def test_ten_thousand_requests(server: There) -> None:
     resident = server.resident_bytes()
     _fuzz_document(server, MANY)
     _fuzz_mutations(server, MANY)
+    print(f"memory after {server.resident_bytes() / resident:.3f} of before")
     assert server.resident_bytes() < 1.05 * resident
     assert server.answer() == before

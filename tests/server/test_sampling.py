@@ -49,8 +49,8 @@ def test_one_stop_string_is_a_list_of_one() -> None:
 async def test_generation_config_counts_only_when_it_is_on(service: Any, setting: str) -> None:
     from dataclasses import replace
 
-    from octavo_server.jobs import Api, chat_job
+    from octavo_server.jobs import Api, Caller, chat_job
 
     service.engine.config = replace(service.engine.config, generation_config=setting)
-    job = await chat_job(Api(service.engine), ChatRequest.model_validate(CHAT), "fake", None)
+    job = await chat_job(Api(service.engine), ChatRequest.model_validate(CHAT), "fake", Caller())
     assert job.params == [SamplingParams(max_tokens=None, temperature=0.5 if setting == "auto" else 1.0)]
