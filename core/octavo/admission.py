@@ -14,7 +14,8 @@ _GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 class EngineInfo:
     """Facts of a started engine.
 
-    `memory` maps what takes memory to its planned bytes; `startup_seconds` maps each phase of the start to its time.
+    `memory` maps what takes memory to its planned bytes, `memory_measured` to what it took; `startup_seconds` maps each
+    phase of the start to its time.
     """
 
     model: str
@@ -28,6 +29,7 @@ class EngineInfo:
     device: str = ""
     backends: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
+    memory_measured: dict[str, int] = field(default_factory=dict)
     startup_seconds: dict[str, float] = field(default_factory=dict)
     generation_config: dict[str, Any] = field(default_factory=dict)
 

@@ -33,7 +33,7 @@ def batch() -> Batch:
     buffers.last_token[2] = 99
     scheduled = [ScheduledRow(2, 0, 9, 1), ScheduledRow(0, 0, 6, 4)]
     samples = [SampleRow(0, 0, 0, 10), SampleRow(2, 0, 2, 10), SampleRow(1, 0, 0, 10)]
-    return buffers.prepare(StepInput(0, rows=scheduled, samples=samples), rows)
+    return buffers.prepare(StepInput(0, rows=scheduled, samples=samples), rows).batch
 
 
 def test_batch_holds_the_step(batch: Batch) -> None:
@@ -69,7 +69,7 @@ def test_fork_in_the_middle_goes_on_alike(llama: Reference, runner: Runner) -> N
     length, row, fork = len(prompt), 0, 5
 
     def step(number: int, **changes: Any) -> list[int]:
-        output = runner.sample(runner.submit(StepInput(number, **changes)))
+        output = runner.sample(runner.submit(StepInput(number, **changes))).result()
         return [token.token_id for token in output.tokens]
 
     def decode(rows: list[int], position: int) -> dict[str, Any]:
@@ -100,5 +100,5 @@ def test_set_tokens_replaces_the_sampled_token(llama: Reference, runner: Runner)
     runner.sample(runner.submit(StepInput(0, new_rows=[new], rows=rows)))
     rows, samples = [ScheduledRow(0, 0, length - 1, 1)], [SampleRow(0, 0, 0, length)]
     step = StepInput(1, set_tokens=[(0, prompt[-1])], rows=rows, samples=samples)
-    output = runner.sample(runner.submit(step))
+    output = runner.sample(runner.submit(step)).result()
     assert [token.token_id for token in output.tokens] == tokens[:1]

@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from octavo.engine.step import ForkRow, NewRow
+from octavo.engine.step import ForkRow, NewRow, TokenLogprob
 from octavo.runtime.rows import Row
-from octavo.runtime.sampler import _nucleus, sample
+from octavo.runtime.sampler import Sampled, _nucleus, sample
 from octavo.sampling_params import SamplingParams, choice_seed, uniform
 
 VOCAB_SIZE = 200
@@ -26,6 +26,11 @@ def row_of(seed: int = 0, choice: int = 0, output: Sequence[int] = OUTPUT, **par
     known = [*PROMPT, *output]
     new = NewRow(0, 0, known, len(PROMPT), [[]], SamplingParams(**params), seed, choice)
     return Row.start(new, VOCAB_SIZE, frozenset({EOS}), torch.device("cpu"))
+
+
+def waited(sampled: Sampled) -> list[TokenLogprob | None]:
+    assert sampled.logprobs is not None
+    return sampled.logprobs.wait()
 
 
 def random_logits(num_rows: int, seed: int = 0) -> torch.Tensor:
@@ -181,7 +186,7 @@ def test_neighbours_do_not_matter() -> None:
     for i, row in enumerate(rows()):
         alone = sample(logits[i : i + 1].clone(), [row], [POSITION])
         assert alone.token_ids.item() == together.token_ids[i].item()
-        assert alone.logprobs[0] == together.logprobs[i]
+        assert waited(alone)[0] == waited(together)[i]
 
 
 def test_logits_are_left_as_they_were() -> None:
@@ -229,7 +234,7 @@ def test_logprobs_are_the_models_own() -> None:
     rows = [row_of(seed=i, logprobs=5, **PARAMS["all"]) for i in range(4)]
     sampled = sample(logits, rows, [POSITION] * 4)
     wanted = torch.log_softmax(logits.double(), dim=-1)
-    for i, (token, logprob) in enumerate(zip(sampled.token_ids.tolist(), sampled.logprobs, strict=True)):
+    for i, (token, logprob) in enumerate(zip(sampled.token_ids.tolist(), waited(sampled), strict=True)):
         assert logprob is not None
         assert logprob.logprob == pytest.approx(wanted[i, token].item(), abs=1e-5)
         assert logprob.rank == (wanted[i] > wanted[i, token]).sum() + 1
@@ -239,7 +244,7 @@ def test_logprobs_are_the_models_own() -> None:
 
 def test_logprobs_only_where_asked() -> None:
     rows = [row_of(), row_of(logprobs=0), row_of(logprobs=2)]
-    none, own, two = sample(random_logits(3), rows, [POSITION] * 3).logprobs
+    none, own, two = waited(sample(random_logits(3), rows, [POSITION] * 3))
     assert none is None
     assert own is not None
     assert own.top_ids == []
@@ -263,6 +268,7 @@ def test_nucleus_of_a_large_vocabulary(spread: float) -> None:
     ordered = torch.softmax(logits.double(), -1).sort(descending=True)
     expected = ordered.indices[ordered.values.cumsum(-1) - ordered.values < 0.8]
     assert (len(expected) > 1024) == (spread < 1)
-    found = set(_nucleus(logits, 0.8).tolist())
+    order, kept = _nucleus(logits, 0.8)
+    found = set(order[kept].tolist())
     assert abs(len(found) - len(expected)) <= 1
     assert len(found ^ set(expected.tolist())) <= 1

@@ -46,11 +46,14 @@ class DummyReader:
         """All declared tensors by name."""
         return dict(self._infos)
 
-    def read(self, name: str) -> torch.Tensor:
-        """A declared tensor: ones for norms, else normal with a standard deviation of 0.02; any codes for integers."""
+    def read(self, name: str, device: torch.device | None = None) -> torch.Tensor:
+        """A declared tensor: ones for norms, else normal with a standard deviation of 0.02; any codes for integers.
+
+        A GPU draws its own, other numbers, since drawing and copying a CPU's takes minutes for a large model.
+        """
         if name not in self._infos:
             raise CheckpointError(f"The dummy checkpoint of {self.path} was not told of a tensor {name!r}.")
-        return random_tensor(name, self._infos[name], self.seed)
+        return random_tensor(name, self._infos[name], self.seed, device)
 
     def tokenizer_files(self) -> Path:
         """The directory itself."""
@@ -60,25 +63,29 @@ class DummyReader:
         """Nothing is held."""
 
 
-def random_tensor(name: str, info: TensorInfo, seed: int) -> torch.Tensor:
-    """The random tensor that belongs to a name and a seed, in `info`'s shape and dtype."""
+def random_tensor(name: str, info: TensorInfo, seed: int, device: torch.device | None = None) -> torch.Tensor:
+    """The random tensor that belongs to a name and a seed, in `info`'s shape and dtype, on `device` (default: CPU)."""
     import torch
 
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    device = device or torch.device("cpu")
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     if not info.dtype.is_floating_point:
         return _random_codes(info, generator)
     if name.endswith("norm.weight"):
-        return torch.ones(info.shape).to(info.dtype)
+        return torch.ones(info.shape, dtype=info.dtype, device=device)
     if info.dtype.itemsize == 1:  # float8 cannot be filled in place
-        return torch.randn(info.shape, generator=generator).mul_(STANDARD_DEVIATION).to(info.dtype)
-    return torch.empty(info.shape, dtype=info.dtype).normal_(0.0, STANDARD_DEVIATION, generator=generator)
+        values = torch.randn(info.shape, generator=generator, device=device)
+        return values.mul_(STANDARD_DEVIATION).to(info.dtype)
+    empty = torch.empty(info.shape, dtype=info.dtype, device=device)
+    return empty.normal_(0.0, STANDARD_DEVIATION, generator=generator)
 
 
 def _random_codes(info: TensorInfo, generator: torch.Generator) -> torch.Tensor:
     import torch
 
+    device = generator.device
     if info.dtype is torch.bool:
-        return torch.randint(0, 2, info.shape, generator=generator).bool()
+        return torch.randint(0, 2, info.shape, generator=generator, device=device).bool()
     limits = torch.iinfo(info.dtype)
-    return torch.randint(limits.min, limits.max, info.shape, generator=generator, dtype=info.dtype)
+    return torch.randint(limits.min, limits.max, info.shape, generator=generator, dtype=info.dtype, device=device)

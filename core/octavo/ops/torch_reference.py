@@ -30,7 +30,8 @@ class TorchOps:
         # Fewer and shorter calls than torch.rms_norm's own, which count where there are few tokens.
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-        return (x * scale).mul_(weight).to(weight.dtype)
+        normed: torch.Tensor = (x * scale).mul_(weight)
+        return normed.to(weight.dtype)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float

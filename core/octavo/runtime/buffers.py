@@ -1,20 +1,34 @@
 """The runner's persistent buffers, and the way from a StepInput to a Batch."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from octavo.batch import Batch, BatchShape
-from octavo.engine.step import StepInput
+from octavo.engine.step import ScheduledRow, StepInput
 from octavo.runtime.rows import Row
+from octavo.runtime.transfer import Array, Packet, padded_bytes, to_device
 
 Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A step's batch, and the rows [S] int64 whose tokens it samples."""
+
+    batch: Batch
+    sample_rows: torch.Tensor
 
 
 class BatchBuffers:
     """Device tensors that every batch reuses, and the block tables of every row.
 
     `last_token[row]` is the token that the device sampled for the row last: the next step's input, unseen by the host.
+    Tables and tokens have one row more than there are requests: padding's, whose blocks are the null block.
     """
 
     def __init__(
@@ -31,85 +45,161 @@ class BatchBuffers:
 
         self.block_size = block_size
         self.device = device
-        self.tables_host = [np.zeros((max_requests, max_blocks), dtype=np.int32) for _ in range(num_groups)]
-        self.tables = [ints(max_requests, max_blocks) for _ in range(num_groups)]
-        self.last_token = ints(max_requests)
-        self.token_ids, self.positions = ints(max_tokens), ints(max_tokens)
-        self.slots = [torch.zeros(max_tokens, dtype=torch.int64, device=device) for _ in range(num_groups)]
-        self.query_start, self.seq_lens, self.row_index = ints(max_requests + 1), ints(max_requests), ints(max_requests)
+        self.padding_row = max_requests
+        self.tables_host = [np.zeros((max_requests + 1, max_blocks), dtype=np.int32) for _ in range(num_groups)]
+        self.tables = [ints(max_requests + 1, max_blocks) for _ in range(num_groups)]
+        self.last_token = ints(max_requests + 1)
+        self._gathered = [ints(max_requests, max_blocks) for _ in range(num_groups)]
+        self._edits: list[list[Longs]] = [[] for _ in range(num_groups)]
+        self._packet = Packet(_packet_bytes(max_requests, max_tokens, num_groups), device)
 
     def set_table(self, group: int, row: int, start: int, blocks: list[int]) -> None:
-        """Entries of a row's table from `start` on."""
-        values = np.array(blocks, dtype=np.int32)
-        self.tables_host[group][row, start : start + len(blocks)] = values
-        self.tables[group][row, start : start + len(blocks)] = torch.from_numpy(values).to(self.device)
+        """Entries of a row's table from `start` on; the device learns of them with the next batch."""
+        self.tables_host[group][row, start : start + len(blocks)] = blocks
+        self._note_edit(group, row, start, start + len(blocks))
 
     def fork(self, source: int, row: int) -> None:
         """Row `row` takes over the tables and the last token of `source`."""
-        for host, table in zip(self.tables_host, self.tables, strict=True):
-            host[row] = host[source]
+        for group, table in enumerate(self.tables_host):
             table[row] = table[source]
+            self._note_edit(group, row, 0, table.shape[1])
         self.last_token[row] = self.last_token[source]
 
-    def prepare(self, step: StepInput, rows: dict[int, Row]) -> Batch:
-        """The batch of a step."""
-        counts = np.array([r.num_tokens for r in step.rows], dtype=np.int32)
-        starts = np.array([r.start for r in step.rows], dtype=np.int32)
-        index = np.array([r.row for r in step.rows], dtype=np.int32)
-        query_start = np.zeros(len(counts) + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start[1:])
-        num_tokens = int(query_start[-1])
-        positions = np.arange(num_tokens, dtype=np.int32) + np.repeat(starts - query_start[:-1], counts)
-        seq_lens = starts + counts
-        self._fill_tokens(step, rows, query_start)
-        shape = BatchShape(num_tokens, len(counts), int(counts.max()), int((counts == 1).sum()))
-        row_index = self._put(self.row_index, index)
-        width = -(-int(seq_lens.max()) // self.block_size)
-        return Batch(
+    def _note_edit(self, group: int, row: int, start: int, stop: int) -> None:
+        first = row * self.tables_host[group].shape[1]
+        self._edits[group].append(np.arange(first + start, first + stop))
+
+    def _send_edits(self) -> None:
+        """Bring the device's tables up to the host's."""
+        for edits, host, table in zip(self._edits, self.tables_host, self.tables, strict=True):
+            if edits:
+                places = np.concatenate(edits)
+                both = to_device(np.stack((places, host.reshape(-1)[places])), self.device)
+                table.view(-1).index_copy_(0, both[0], both[1].int())
+                edits.clear()
+
+    def prepare(self, step: StepInput, rows: Mapping[int, Row], shape: BatchShape | None = None) -> Prepared:
+        """The batch of a step, padded to `shape` where that is given.
+
+        Batches of one shape lie at the same addresses; all that comes from the host comes in one copy.
+        """
+        self._send_edits()
+        lengths = _Lengths.of(step.rows, self.padding_row, shape)
+        shape = shape or shape_of(step)
+        tokens, targets = _tokens(step.rows, rows, shape)
+        positions, token_rows = lengths.positions(shape.num_tokens), lengths.token_rows
+        slots = [self._slots(table, token_rows, positions) for table in self.tables_host]
+        samples = np.array([sample.row for sample in step.samples], dtype=np.int64)
+        host: list[Array] = [*slots, targets, tokens, positions, lengths.query_start, lengths.seq_lens, lengths.rows]
+        views = self._packet.send([*host, samples, lengths.last_tokens(step)])
+        target, token, position, query_start, seq_lens, row_index, sample_rows, sample_index = views[len(slots) :]
+        token.index_put_((target,), self.last_token.index_select(0, row_index))
+        batch = Batch(
             shape,
-            self.token_ids[:num_tokens],
-            self._put(self.positions, positions),
-            self._put(self.query_start, query_start),
-            self._put(self.seq_lens, seq_lens),
+            token[: shape.num_tokens],
+            position,
+            query_start,
+            seq_lens,
             row_index,
-            tuple(table[:, :width].index_select(0, row_index) for table in self.tables),
-            tuple(self._put_slots(g, positions, np.repeat(index, counts)) for g in range(len(self.tables))),
-            self._sample_index(step, index, query_start),
-            query_start.tolist(),
-            seq_lens.tolist(),
+            tuple(self._gather(group, row_index, lengths) for group in range(len(slots))),
+            tuple(views[: len(slots)]),
+            sample_index,
+            lengths.query_start.tolist(),
+            lengths.seq_lens.tolist(),
         )
+        return Prepared(batch, sample_rows)
 
-    def _put(self, buffer: torch.Tensor, values: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> torch.Tensor:
-        """Copy host values into the head of a persistent buffer."""
-        head = buffer[: len(values)]
-        head.copy_(torch.from_numpy(values), non_blocking=True)
-        return head
+    def padding(self, shape: BatchShape) -> Batch:
+        """A batch of nothing but padding, where all batches of `shape` lie."""
+        return self.prepare(StepInput(-1), {}, shape).batch
 
-    def _put_slots(self, group: int, positions: Ints, index: Ints) -> torch.Tensor:
-        blocks = self.tables_host[group][index, positions // self.block_size].astype(np.int64)
-        return self._put(self.slots[group], blocks * self.block_size + positions % self.block_size)
+    def _slots(self, table: Ints, token_rows: Ints, positions: Ints) -> Longs:
+        """Where each token's K and V go [T]; -1 for padding."""
+        slots = np.full(len(positions), -1, dtype=np.int64)
+        where = positions[: len(token_rows)]
+        blocks = table[token_rows, where // self.block_size].astype(np.int64)
+        slots[: len(token_rows)] = blocks * self.block_size + where % self.block_size
+        return slots
 
-    def _fill_tokens(self, step: StepInput, rows: dict[int, Row], query_start: Ints) -> None:
-        """Known tokens from the host, the others from `last_token`."""
-        tokens = np.zeros(int(query_start[-1]), dtype=np.int32)
-        targets: list[int] = []
-        sources: list[int] = []
-        for scheduled, begin in zip(step.rows, query_start[:-1].tolist(), strict=True):
-            end = scheduled.start + scheduled.num_tokens
-            known = rows[scheduled.row].token_ids
-            if scheduled.start < len(known):
-                part = known[scheduled.start : end]
-                tokens[begin : begin + len(part)] = part
-            if end > len(known):
-                targets.append(begin + scheduled.num_tokens - 1)
-                sources.append(scheduled.row)
-        self._put(self.token_ids, tokens)
-        if targets:
-            where = torch.tensor(targets, device=self.device)
-            self.token_ids[where] = self.last_token[torch.tensor(sources, device=self.device)]
+    def _gather(self, group: int, row_index: torch.Tensor, lengths: "_Lengths") -> torch.Tensor:
+        """The requests' block tables [R, B]: on a GPU all entries, so that strides and addresses stay."""
+        table = self.tables[group]
+        if self.device.type == "cpu":
+            width = -(-int(lengths.seq_lens.max()) // self.block_size)
+            return table[:, :width].index_select(0, row_index)
+        return torch.index_select(table, 0, row_index, out=self._gathered[group][: len(row_index)])
 
-    def _sample_index(self, step: StepInput, index: Ints, query_start: Ints) -> torch.Tensor:
-        """The token whose logits each sample takes: the last of its source's part of the batch."""
-        last = dict(zip(index.tolist(), (query_start[1:] - 1).tolist(), strict=True))
-        wanted = [last[sample.source] for sample in step.samples]
-        return torch.tensor(wanted, dtype=torch.int32, device=self.device)
+
+def shape_of(step: StepInput) -> BatchShape:
+    """The shape of a step's batch without padding."""
+    counts = [row.num_tokens for row in step.rows]
+    return BatchShape(sum(counts), len(counts), max(counts), counts.count(1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """Each request's row, tokens before the step, and tokens of the step; the first `num_live` are no padding."""
+
+    num_live: int
+    rows: Ints
+    starts: Ints
+    counts: Ints
+    query_start: Ints
+    seq_lens: Ints
+
+    @classmethod
+    def of(cls, scheduled: Sequence[ScheduledRow], padding_row: int, shape: BatchShape | None) -> "_Lengths":
+        """The lengths of a step's rows, padded to `shape`: in a graph of decodes padding has a token each."""
+        num_live = len(scheduled)
+        size = shape.num_requests if shape else num_live
+        values = np.zeros((3, size), dtype=np.int32)
+        values[:, :num_live] = np.array([(r.row, r.start, r.num_tokens) for r in scheduled]).reshape(-1, 3).T
+        rows, starts, counts = values
+        rows[num_live:] = padding_row
+        seq_lens = starts + counts
+        if shape and shape.num_decodes == size:
+            counts[num_live:] = 1
+        query_start = np.zeros(size + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        return cls(num_live, rows, starts, counts, query_start, seq_lens)
+
+    @property
+    def token_rows(self) -> Ints:
+        """The row of each token that is no padding."""
+        return np.repeat(self.rows[: self.num_live], self.counts[: self.num_live])
+
+    def positions(self, num_tokens: int) -> Ints:
+        """Each token's place in its request [num_tokens]; 0 for padding."""
+        live = slice(self.num_live)
+        firsts = np.repeat(self.starts[live] - self.query_start[:-1][live], self.counts[live])
+        positions = np.zeros(num_tokens, dtype=np.int32)
+        positions[: len(firsts)] = np.arange(len(firsts), dtype=np.int32) + firsts
+        return positions
+
+    def last_tokens(self, step: StepInput) -> Ints:
+        """The token whose logits each sample takes [S]: the last of its source's part of the batch."""
+        last = dict(zip(self.rows.tolist(), (self.query_start[1:] - 1).tolist(), strict=True))
+        return np.array([last[sample.source] for sample in step.samples], dtype=np.int32)
+
+
+def _tokens(scheduled: Sequence[ScheduledRow], rows: Mapping[int, Row], shape: BatchShape) -> tuple[Ints, Longs]:
+    """Known tokens [T + 1], and the place of the token that the device sampled for each request [R]: T for none."""
+    tokens = np.zeros(shape.num_tokens + 1, dtype=np.int32)
+    targets = np.full(shape.num_requests, shape.num_tokens, dtype=np.int64)
+    begin = 0
+    for i, one in enumerate(scheduled):
+        known, end = rows[one.row].token_ids, one.start + one.num_tokens
+        if one.start < len(known):
+            part = known[one.start : end]
+            tokens[begin : begin + len(part)] = part
+        begin += one.num_tokens
+        if end > len(known):
+            targets[i] = begin - 1
+    return tokens, targets
+
+
+def _packet_bytes(max_requests: int, max_tokens: int, num_groups: int) -> int:
+    """The most that a batch sends."""
+    longs = num_groups * [max_tokens] + 2 * [max_requests]
+    ints = 2 * [max_tokens + 1] + 4 * [max_requests + 1]
+    return sum(padded_bytes(8 * n) for n in longs) + sum(padded_bytes(4 * n) for n in ints)

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 
 from octavo.engine.step import ForkRow, NewRow
+from octavo.runtime.transfer import to_device
 from octavo.sampling_params import SamplingParams, choice_seed
 
 
@@ -72,8 +73,10 @@ def needs_counts(params: SamplingParams) -> bool:
 
 
 def _count(row: Row, vocab_size: int, device: torch.device) -> PenaltyCounts:
-    tokens = torch.from_numpy(row.token_ids).long().to(device)
-    generated = torch.bincount(tokens[row.num_prompt :], minlength=vocab_size).int()
+    tokens = to_device(row.token_ids, device).long()
+    output = tokens[row.num_prompt :]
+    generated = torch.zeros(vocab_size, dtype=torch.int32, device=device)
+    generated.scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
     prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-    prompt[tokens[: row.num_prompt]] = True
+    prompt.index_fill_(0, tokens[: row.num_prompt], True)
     return PenaltyCounts(generated, prompt)

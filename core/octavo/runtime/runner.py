@@ -1,21 +1,25 @@
 """The runner: applies a StepInput to the device's state, runs the model, samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from octavo.attention.interface import AttentionBackend
-from octavo.batch import Batch
-from octavo.engine.step import BlockCopy, PromptLogprobs, SampledToken, StepInput, StepOutput
+from octavo.batch import Batch, BatchShape
+from octavo.engine.step import BlockCopy, PromptLogprobs, SampledToken, ScheduledRow, StepInput, StepOutput
 from octavo.kv_cache.interface import KVCache
 from octavo.models.decoder import Decoder
 from octavo.models.layers import StepContext
-from octavo.runtime.buffers import BatchBuffers
+from octavo.runtime.buffers import BatchBuffers, Prepared, shape_of
 from octavo.runtime.failures import named_failures
+from octavo.runtime.graphs import Graphs
+from octavo.runtime.pending import PendingOutput
 from octavo.runtime.rows import Row
-from octavo.runtime.sampler import sample, token_logprobs
+from octavo.runtime.sampler import Logprobs, sample, token_logprobs
+from octavo.runtime.transfer import Arrival, ints_to_device, to_device
 
 _LOGITS_AT_ONCE = 128  # rows of prompt logits held at a time
 
@@ -25,9 +29,14 @@ class Computed:
     """A step between `submit` and `sample`: what it asked, its batch and its hidden states [T, H]."""
 
     step: StepInput
-    batch: Batch
+    prepared: Prepared
     hidden: torch.Tensor
     rows: dict[int, Row]
+
+    @property
+    def batch(self) -> Batch:
+        """The step's batch."""
+        return self.prepared.batch
 
 
 class Runner:
@@ -46,6 +55,7 @@ class Runner:
         vocab_size: int,
         eos_token_ids: frozenset[int],
         provider_names: Mapping[type, str],
+        graphs: Graphs | None = None,
     ) -> None:
         self.model = model
         self.backends = backends
@@ -55,17 +65,36 @@ class Runner:
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
         self.provider_names = provider_names
+        self.graphs = graphs
         self.rows: dict[int, Row] = {}
 
     @torch.inference_mode()
     def submit(self, step: StepInput) -> Computed:
         """Take over the step's changes and compute its hidden states. Raises StepError."""
         self._apply(step)
-        batch = self.buffers.prepare(step, self.rows)
-        with named_failures(self.provider_names, self.model.layers, batch.shape):
-            plans: tuple[Any, ...] = tuple(backend.plan(batch) for backend in self.backends)
-            hidden = self.model.forward(StepContext(batch, plans, self.caches))
-        return Computed(step, batch, hidden, dict(self.rows))
+        graphs = self.graphs
+        shape = graphs.find(shape_of(step)) if graphs else None
+        prepared = self.buffers.prepare(step, self.rows, shape)
+        with named_failures(self.provider_names, self.model.layers, prepared.batch.shape):
+            forward = self._plan(prepared.batch)
+            hidden = graphs.replay(shape) if graphs and shape else forward()
+        return Computed(step, prepared, hidden, dict(self.rows))
+
+    def _plan(self, batch: Batch) -> Callable[[], torch.Tensor]:
+        """Have every backend plan for the batch; what remains to be done."""
+        plans: tuple[Any, ...] = tuple(backend.plan(batch) for backend in self.backends)
+        return lambda: self.model.forward(StepContext(batch, plans, self.caches))
+
+    @torch.inference_mode()
+    def run_padding(self, shape: BatchShape) -> torch.Tensor:
+        """Compute a batch of padding: what a step of this shape needs is then compiled and allocated."""
+        return self._plan(self.buffers.padding(shape))()
+
+    @torch.inference_mode()
+    def capture(self, shape: BatchShape) -> None:
+        """Add a graph for batches of `shape`."""
+        assert self.graphs is not None, "a runner without graphs"
+        self.graphs.capture(shape, self._plan(self.buffers.padding(shape)))
 
     def _apply(self, step: StepInput) -> None:
         buffers = self.buffers
@@ -88,51 +117,71 @@ class Runner:
         """Copy blocks bytewise, whatever format they hold."""
         for group in {copy.group for copy in copies}:
             mine = [copy for copy in copies if copy.group == group]
-            sources = torch.tensor([copy.source for copy in mine], device=self.buffers.device)
-            targets = torch.tensor([copy.target for copy in mine], device=self.buffers.device)
+            sources = ints_to_device([copy.source for copy in mine], self.buffers.device)
+            targets = ints_to_device([copy.target for copy in mine], self.buffers.device)
             for cache, layer_group in zip(self.caches, self.layer_groups, strict=True):
                 if layer_group == group:
-                    cache.raw[targets] = cache.raw[sources]
+                    cache.raw.index_copy_(0, targets, cache.raw.index_select(0, sources))
 
     @torch.inference_mode()
-    def sample(self, computed: Computed) -> StepOutput:
+    def sample(self, computed: Computed) -> PendingOutput:
         """Sample the step's rows, and leave each one's token on the device as its next input. Raises StepError."""
         with named_failures(self.provider_names, (), computed.batch.shape):
-            return StepOutput(computed.step.step_id, self._sample(computed), self._prompt_logprobs(computed))
+            tokens, prompts = self._sample(computed), self._prompt_logprobs(computed)
 
-    def _sample(self, computed: Computed) -> list[SampledToken]:
-        step = computed.step
-        if not step.samples:
-            return []
-        logits = self._logits(computed.hidden[computed.batch.sample_index])
-        rows = [computed.rows[sample.row] for sample in step.samples]
-        sampled = sample(logits, rows, [sample.position for sample in step.samples])
-        index = torch.tensor([sample.row for sample in step.samples], device=logits.device)
-        self.buffers.last_token[index] = sampled.token_ids.int()
-        return [
-            SampledToken(s.row, s.generation, token, logprob)
-            for s, token, logprob in zip(step.samples, sampled.token_ids.tolist(), sampled.logprobs, strict=True)
-        ]
+        def finish() -> StepOutput:
+            with named_failures(self.provider_names, (), computed.batch.shape):
+                return StepOutput(computed.step.step_id, tokens(), [prompt() for prompt in prompts])
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return PendingOutput(finish)
+
+    def _sample(self, computed: Computed) -> Callable[[], list[SampledToken]]:
+        samples = computed.step.samples
+        if not samples:
+            return list
+        logits = self.logits(computed.hidden.index_select(0, computed.batch.sample_index))
+        rows = [computed.rows[sample.row] for sample in samples]
+        sampled = sample(logits, rows, [sample.position for sample in samples])
+        self.buffers.last_token.index_copy_(0, computed.prepared.sample_rows, sampled.token_ids.int())
+        arrival = Arrival(sampled.token_ids)
+
+        def tokens() -> list[SampledToken]:
+            logprobs = sampled.logprobs.wait() if sampled.logprobs else [None] * len(samples)
+            ids = arrival.tensors()[0].tolist()
+            return [
+                SampledToken(s.row, s.generation, token, logprob)
+                for s, token, logprob in zip(samples, ids, logprobs, strict=True)
+            ]
+
+        return tokens
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [S, V] of the whole vocabulary."""
         logits = self.model.logits(hidden)
         return self.model.embed.communicator.all_gather(logits)[:, : self.vocab_size]
 
-    def _prompt_logprobs(self, computed: Computed) -> list[PromptLogprobs]:
-        results: list[PromptLogprobs] = []
+    def _prompt_logprobs(self, computed: Computed) -> list[Callable[[], PromptLogprobs]]:
+        results: list[Callable[[], PromptLogprobs]] = []
         for scheduled, begin in zip(computed.step.rows, computed.batch.query_start_host, strict=False):
             row = computed.rows[scheduled.row]
             end = min(scheduled.start + scheduled.num_tokens, row.num_prompt - 1)
-            if row.params.prompt_logprobs is None or end <= scheduled.start:
-                continue
-            hidden = computed.hidden[begin : begin + end - scheduled.start]
-            targets = torch.from_numpy(row.token_ids[scheduled.start + 1 : end + 1]).long().to(hidden.device)
-            logprobs = []
-            for at in range(0, len(targets), _LOGITS_AT_ONCE):
-                part = slice(at, at + _LOGITS_AT_ONCE)
-                asked = [row.params.prompt_logprobs] * len(targets[part])
-                logprobs += token_logprobs(self._logits(hidden[part]), targets[part], asked)
-            known = [logprob for logprob in logprobs if logprob is not None]
-            results.append(PromptLogprobs(scheduled.row, scheduled.generation, scheduled.start + 1, known))
+            if row.params.prompt_logprobs is not None and end > scheduled.start:
+                hidden = computed.hidden[begin : begin + end - scheduled.start]
+                parts = self._logprobs_of(hidden, row, scheduled.start + 1, end + 1)
+                results.append(partial(_finish_prompt, scheduled, parts))
         return results
+
+    def _logprobs_of(self, hidden: torch.Tensor, row: Row, start: int, end: int) -> list[Logprobs]:
+        """Logprobs of the prompt's tokens from `start` to `end`, from the hidden states [n, H] before them."""
+        targets = to_device(row.token_ids[start:end], hidden.device).long()
+        parts = []
+        for at in range(0, len(targets), _LOGITS_AT_ONCE):
+            part = slice(at, at + _LOGITS_AT_ONCE)
+            asked = [row.params.prompt_logprobs] * len(targets[part])
+            parts.append(token_logprobs(self.logits(hidden[part]), targets[part], asked))
+        return [part for part in parts if part is not None]
+
+
+def _finish_prompt(scheduled: ScheduledRow, parts: list[Logprobs]) -> PromptLogprobs:
+    known = [logprob for part in parts for logprob in part.wait() if logprob is not None]
+    return PromptLogprobs(scheduled.row, scheduled.generation, scheduled.start + 1, known)

@@ -1,22 +1,22 @@
 """One rank's start: select, load, size the KV cache, and put the runner together."""
 
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from octavo.attention.interface import AttentionBackend
+from octavo.batch import BatchShape
 from octavo.checkpoints import open_model
 from octavo.checkpoints.interface import CheckpointReader
 from octavo.config import EngineConfig
-from octavo.device import current_device
+from octavo.device import DeviceInfo, current_device
 from octavo.distributed.interface import Communicator
 from octavo.engine.executor import Capacity
-from octavo.errors import ConfigError
 from octavo.kv_cache.interface import KVCache
 from octavo.models.builder import ModelBuilder
 from octavo.models.config import rope_table
@@ -27,12 +27,11 @@ from octavo.plugins.registry import Plugins
 from octavo.plugins.selection import choose
 from octavo.runtime.assembly import Assembly, assemble
 from octavo.runtime.buffers import BatchBuffers
+from octavo.runtime.graphs import Graphs
+from octavo.runtime.memory import Reserve, allocate_cache, attention_bytes, block_bytes, num_cache_blocks
 from octavo.runtime.runner import Runner
+from octavo.runtime.warmup import graph_shapes, measure_reserve, warm_up
 from octavo.weights.loader import WeightLoader
-
-_CPU_CACHE_BYTES = 4 << 30
-_CPU_CACHE_SHARE = 0.25
-_GPU_RESERVE_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +71,25 @@ def start_worker(config: EngineConfig, plugins: Plugins, tell: Callable[[str], N
         assembly.selections.append(chosen)
         communicator: Communicator = chosen.cls(0, 1, chosen.options)
     with phases.phase("loading weights"):
+        before = _allocated(device)
         backends = _build_backends(assembly)
         model = _build_model(assembly, backends, reader, communicator)
         eos_token_ids = _eos_token_ids(reader)
         generation_config = dict(reader.generation_config)
         weight_bytes = _weight_bytes(reader, assembly.dtype)
+        weight_bytes_measured = _allocated(device) - before - attention_bytes(assembly)
         reader.close()
+    make_runner = partial(_runner, assembly, model, backends, eos_token_ids)
+    reserve, graph_bytes = Reserve(), 0
+    if device.type == "cuda":
+        with phases.phase("measuring a step's memory"):
+            reserve = measure_reserve(make_runner(allocate_cache(assembly, 1)), assembly)
     with phases.phase("allocating the KV cache"):
-        caches, num_blocks = _allocate(assembly)
-    runner = _runner(assembly, model, backends, caches, eos_token_ids)
+        num_blocks = num_cache_blocks(assembly, reserve)
+        runner = make_runner(allocate_cache(assembly, num_blocks))
+    if device.type == "cuda":
+        with phases.phase("compiling and capturing graphs"):
+            graph_bytes = warm_up(runner, assembly, partial(_shown, config.progress))
     details = {
         "model": name,
         "dtype": str(assembly.dtype).removeprefix("torch."),
@@ -89,13 +98,23 @@ def start_worker(config: EngineConfig, plugins: Plugins, tell: Callable[[str], N
         "startup_seconds": phases.seconds,
         "memory": {
             "weights": weight_bytes,
-            "KV cache": num_blocks * _block_bytes(assembly),
-            "attention": _attention_bytes(assembly),
+            "KV cache": num_blocks * block_bytes(assembly),
+            "attention": attention_bytes(assembly),
+            "activations": reserve.activations,
+            "graphs": reserve.graphs,
         },
+        "memory_measured": {"weights": weight_bytes_measured, "graphs": graph_bytes},
         "generation_config": generation_config,
-        "kv_bytes_per_token": _block_bytes(assembly) / config.block_size,
+        "kv_bytes_per_token": block_bytes(assembly) / config.block_size,
     }
     return Worker(runner, _capacity(assembly, num_blocks, eos_token_ids, details))
+
+
+def _shown(progress: bool, shapes: Sequence[BatchShape]) -> Iterable[BatchShape]:
+    """The shapes behind a progress bar."""
+    from tqdm import tqdm
+
+    return tqdm(shapes, desc="Capturing graphs", leave=False, disable=not progress or not shapes)
 
 
 def _capacity(assembly: Assembly, num_blocks: int, eos_token_ids: frozenset[int], details: dict[str, Any]) -> Capacity:
@@ -166,13 +185,6 @@ def _weight_bytes(reader: CheckpointReader, dtype: torch.dtype) -> int:
     )
 
 
-def _attention_bytes(assembly: Assembly) -> int:
-    """The scratch that attention backends share, and what each keeps for itself."""
-    asked = [(one.cls, spec, one.options) for one, spec in assembly.attention]
-    scratch = max(cls.scratch_bytes(spec, options) for cls, spec, options in asked)
-    return int(scratch + sum(cls.persistent_bytes(spec, options) for cls, spec, options in asked))
-
-
 def _eos_token_ids(reader: CheckpointReader) -> frozenset[int]:
     """End-of-sequence ids of both configs: generation_config's list is the longer one where they differ."""
     ids: set[int] = set()
@@ -182,57 +194,20 @@ def _eos_token_ids(reader: CheckpointReader) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _allocate(assembly: Assembly) -> tuple[tuple[KVCache, ...], int]:
-    """Each layer's cache, and the number of blocks. Layers of different groups share bytes: a block is one group's."""
-    page_bytes = assembly.cache_format.page_bytes()
-    places: list[int] = []
-    for index, group in enumerate(assembly.layer_groups):
-        places.append(assembly.layer_groups[:index].count(group))
-    num_places = max(places) + 1
-    num_blocks = _num_blocks(assembly, page_bytes * num_places)
-    device = assembly.device.torch_device
-    raw = [torch.empty(num_blocks, page_bytes, dtype=torch.uint8, device=device) for _ in range(num_places)]
-    return tuple(assembly.cache_format.view(raw[place]) for place in places), num_blocks
-
-
-def _block_bytes(assembly: Assembly) -> int:
-    """Bytes of a block: a page for each layer of the largest group."""
-    groups = assembly.layer_groups
-    return int(assembly.cache_format.page_bytes()) * max(map(groups.count, groups))
-
-
-def _num_blocks(assembly: Assembly, block_bytes: int) -> int:
-    config, limits = assembly.config, assembly.limits
-    per_request = -(-limits.max_model_len // config.block_size) * len(assembly.groups)
-    num_blocks = config.num_gpu_blocks_override
-    if num_blocks is None:
-        most = per_request * limits.max_requests
-        num_blocks = min(most, (config.kv_cache_memory_bytes or _cache_bytes(assembly)) // block_bytes)
-    if num_blocks < per_request:
-        raise ConfigError(
-            f"The KV cache has room for {num_blocks} blocks of {config.block_size} tokens, but one request of "
-            f"max_model_len ({limits.max_model_len}) needs {per_request}. Lower max_model_len to at most "
-            f"{num_blocks // len(assembly.groups) * config.block_size}, or give the cache more memory."
-        )
-    return num_blocks + 1  # the null block
-
-
-def _cache_bytes(assembly: Assembly) -> int:
-    if assembly.device.type == "cpu":
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return min(_CPU_CACHE_BYTES, int(available * _CPU_CACHE_SHARE))
-    free, total = torch.cuda.mem_get_info()
-    return int(free - (1 - assembly.config.gpu_memory_utilization) * total) - _GPU_RESERVE_BYTES
+def _allocated(device: DeviceInfo) -> int:
+    """Bytes of tensors on a GPU."""
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
 
 def _runner(
     assembly: Assembly,
     model: Decoder,
     backends: list[AttentionBackend],
-    caches: tuple[KVCache, ...],
     eos_token_ids: frozenset[int],
+    caches: tuple[KVCache, ...],
 ) -> Runner:
     limits, config = assembly.limits, assembly.config
+    shapes = graph_shapes(assembly)
     buffers = BatchBuffers(
         limits.max_requests,
         limits.max_tokens,
@@ -250,6 +225,7 @@ def _runner(
         assembly.model.vocab_size,
         eos_token_ids,
         _provider_names(assembly, backends),
+        Graphs(shapes) if shapes else None,
     )
 
 

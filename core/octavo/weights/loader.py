@@ -52,7 +52,7 @@ class WeightLoader:
     def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
         if isinstance(self.reader, DummyReader):
             self.reader.declare({name: TensorInfo(shape, dtype or self.dtype)})
-            return self.reader.read(name)
+            return self.reader.read(name, self.device)
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"The checkpoint has no tensor {name!r}, which the model needs.")

@@ -1,0 +1,79 @@
+"""Small copies between host and device that nobody waits for.
+
+On a GPU they go through pinned memory: torch's pinned allocator reuses a block only once the copy that used it is done,
+so that two steps in flight never overwrite each other's.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Array = npt.NDArray[Any]
+
+
+def to_device(values: Array, device: torch.device) -> torch.Tensor:
+    """A device tensor of the array's shape and dtype, without waiting for the device."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def ints_to_device(values: list[int], device: torch.device) -> torch.Tensor:
+    """A device tensor [len(values)] int64."""
+    return to_device(np.array(values, dtype=np.int64), device)
+
+
+class Arrival:
+    """Device tensors on their way to the host; `tensors` waits for them."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self._tensors = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self._event: torch.cuda.Event | None = None
+        if any(tensor.device.type == "cuda" for tensor in tensors):
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors, on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._tensors
+
+
+class Packet:
+    """Many small arrays in one copy: they lie one after the other in a persistent device buffer.
+
+    Arrays of the same sizes in the same order lie at the same addresses, which is what a CUDA graph needs.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self._buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+
+    def send(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
+        """Copy the arrays (int32 or int64), and return them as views of the buffer."""
+        ends = list(accumulate(padded_bytes(array.nbytes) for array in arrays))
+        host = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=self._buffer.is_cuda)
+        target = self._buffer[: ends[-1]]
+        flat, views = host.numpy(), []
+        for array, end in zip(arrays, ends, strict=True):
+            begin = end - padded_bytes(array.nbytes)
+            part = slice(begin, begin + array.nbytes)
+            flat[part] = array.view(np.uint8)
+            views.append(target[part].view(_DTYPES[array.itemsize]))
+        target.copy_(host, non_blocking=True)
+        return views
+
+
+def padded_bytes(num_bytes: int) -> int:
+    """What an array of `num_bytes` takes in a packet: every array is aligned as kernels like it."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+_ALIGNMENT = 16
+_DTYPES = {4: torch.int32, 8: torch.int64}

@@ -1,0 +1,73 @@
+"""Before a GPU serves: measure a step's peak, compile what steps can reach, capture graphs."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from octavo.attention.interface import GraphSupport
+from octavo.batch import BatchShape
+from octavo.engine.step import NewRow
+from octavo.runtime.assembly import Assembly
+from octavo.runtime.graphs import GraphShapes
+from octavo.runtime.memory import GRAPH_BYTES, Reserve
+from octavo.runtime.rows import Row
+from octavo.runtime.runner import Runner
+from octavo.runtime.sampler import sample
+from octavo.sampling_params import SamplingParams
+
+_SAMPLING = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.0, logprobs=1),
+    SamplingParams(temperature=1.0, seed=0, top_p=0.9, top_k=50, min_p=0.05, presence_penalty=0.5, logprobs=1),
+)
+
+
+def graph_shapes(assembly: Assembly) -> GraphShapes | None:
+    """The shapes to capture; None on a CPU, under --enforce-eager, or where a backend cannot."""
+    support = min(one.cls.graph_support for one, _ in assembly.attention)
+    if assembly.device.type != "cuda" or assembly.config.enforce_eager or support is GraphSupport.NONE:
+        return None
+    return GraphShapes(support, assembly.limits.max_requests, assembly.limits.max_tokens)
+
+
+def measure_reserve(runner: Runner, assembly: Assembly) -> Reserve:
+    """Run the largest step, with a cache of the null block alone, and take its peak. Compiles what prompts need."""
+    limits = assembly.limits
+    shape = BatchShape(limits.max_tokens, 1, limits.max_tokens, 0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    hidden = runner.run_padding(shape)
+    _sample_all(runner, hidden[: min(limits.max_requests, limits.max_tokens)])
+    torch.cuda.synchronize()
+    activations = torch.cuda.max_memory_allocated() - before
+    shapes = runner.graphs.shapes.all() if runner.graphs else []
+    largest = max((one.num_tokens for one in shapes), default=0)
+    return Reserve(activations, len(shapes) * GRAPH_BYTES + activations * largest // limits.max_tokens)
+
+
+@torch.inference_mode()
+def _sample_all(runner: Runner, hidden: torch.Tensor) -> None:
+    """Sample every row in each way that there is."""
+    for params in _SAMPLING:
+        new = NewRow(0, 0, [0], 1, [], params, 0, 0)
+        row = Row.start(new, runner.vocab_size, runner.eos_token_ids, hidden.device)
+        sample(runner.logits(hidden), [row] * len(hidden), [1] * len(hidden))
+
+
+def warm_up(runner: Runner, assembly: Assembly, show: Callable[[Sequence[BatchShape]], Iterable[BatchShape]]) -> int:
+    """Compile what steps can reach and capture the graphs, `show`n as they go; bytes that the graphs took."""
+    limits = assembly.limits
+    shapes = runner.graphs.shapes.all() if runner.graphs else []
+    eager = [
+        BatchShape(limits.max_tokens, 1, limits.max_tokens, 0),
+        BatchShape(limits.max_tokens, 2, limits.max_tokens - 1, 1),
+        BatchShape(1, 1, 1, 1),
+    ]
+    for backend in runner.backends:
+        backend.warmup([*eager, *shapes])
+    free, _ = torch.cuda.mem_get_info()
+    for shape in show(shapes):
+        runner.capture(shape)
+    torch.cuda.synchronize()
+    return free - torch.cuda.mem_get_info()[0]
