@@ -58,6 +58,7 @@ class BlockManager:
         self.block_size = block_size
         self.groups = tuple(groups)
         self.prefix_caching = prefix_caching
+        self._has_windows = any(group.window is not None for group in self.groups)
         self.pool = BlockPool(num_blocks)
         self.num_copies = 0
         self._tables: dict[int, _Tables] = {}
@@ -119,12 +120,25 @@ class BlockManager:
         """
         tables = self._tables[key]
         num_blocks = -(-end // self.block_size)
+        if self._has_room(tables, num_blocks):
+            tables.num_tokens = max(tables.num_tokens, end)
+            return []
         plans = [self._plan(table, tables.num_tokens, num_blocks) for table in tables.blocks]
         if sum(len(plan) for plan in plans) > self.pool.num_free:
             return None
         edits = [self._edit(g, tables.blocks[g], index) for g, plan in enumerate(plans) for index in plan]
         tables.num_tokens = max(tables.num_tokens, end)
         return edits
+
+    def _has_room(self, tables: _Tables, num_blocks: int) -> bool:
+        """Whether all that is to be written lies in the last block of each table, which is the request's own.
+
+        So it is for most requests in most steps: a short way, that `_plan` would find as well.
+        """
+        last = num_blocks - 1
+        if tables.num_tokens < last * self.block_size:
+            return False
+        return all(len(table) == num_blocks and self.pool.refs(table[last]) == 1 for table in tables.blocks)
 
     def _plan(self, table: list[int], num_tokens: int, num_blocks: int) -> list[int]:
         """Indices that need a block of their own: shared ones about to be written, then those past the table's end."""
@@ -145,8 +159,10 @@ class BlockManager:
 
     def trim(self, key: int) -> list[TableEdit]:
         """Free the blocks that no later query of a window group sees; their entries become the null block."""
-        tables = self._tables[key]
         edits: list[TableEdit] = []
+        if not self._has_windows:
+            return edits
+        tables = self._tables[key]
         for group, table in enumerate(tables.blocks):
             first = min(self._first_seen(group, tables.num_tokens), len(table))
             for index in range(tables.num_trimmed[group], first):

@@ -6,7 +6,7 @@ request has tokens computed and tokens wanted, and each step hands out a token b
 
 from bisect import insort
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from octavo.engine.block_manager import BlockManager, TableEdit
 from octavo.engine.request import Request, Status
@@ -247,12 +247,9 @@ class Scheduler:
 
     def _publish(self, request: Request) -> None:
         """Let the blocks that are computed and known be found."""
-        if not self.blocks.prefix_caching:
-            return
-        request.extend_hashes(self.blocks.block_size)
-        end = min(request.num_computed // self.blocks.block_size, len(request.hashes))
-        if end > request.num_published:
-            start = request.num_published
+        start, end = request.num_published, min(request.num_computed, request.num_known) // self.blocks.block_size
+        if end > start and self.blocks.prefix_caching:
+            request.extend_hashes(self.blocks.block_size)
             self.blocks.publish(request.key, request.hashes[start:end], start, request.last_step)
             request.num_published = end
 
@@ -297,7 +294,7 @@ class Scheduler:
         news = prompt.logprobs[max(0, request.num_prompt_logprobs - prompt.start) :]
         if news:
             request.num_prompt_logprobs = prompt.start + len(prompt.logprobs)
-            self._tell(request, TokenEvent(request.id, request.choice, [], prompt_logprobs=news))
+            self._tell(request, []).prompt_logprobs.extend(news)
 
     def _take(self, token: SampledToken) -> None:
         request = self._live.get((token.row, token.generation))
@@ -311,17 +308,20 @@ class Scheduler:
             self._publish(request)
         elif request.num_in_flight == 0:
             del self._live[token.row, token.generation]
-        logprobs = [] if token.logprob is None else [token.logprob]
-        event = TokenEvent(request.id, request.choice, [token.token_id], logprobs)
+        event = self._tell(request, [token.token_id])
+        if token.logprob is not None:
+            event.logprobs.append(token.logprob)
         if stop is not None:
-            event = replace(event, finish_reason=stop[0], stop_reason=stop[1])
+            event.finish_reason, event.stop_reason = stop
             self._finish(request)
-        self._tell(request, event)
 
-    def _tell(self, request: Request, event: TokenEvent) -> None:
+    def _tell(self, request: Request, token_ids: list[int]) -> TokenEvent:
+        """A new event of the request, for the caller to complete."""
+        event = TokenEvent(request.id, request.choice, token_ids)
         if request.choice == 0:
-            event = replace(event, num_cached_tokens=request.num_cached)
+            event.num_cached_tokens = request.num_cached
         self._events.append(event)
+        return event
 
     def _finish(self, request: Request) -> None:
         if request.status is Status.RUNNING:

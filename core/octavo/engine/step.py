@@ -2,6 +2,8 @@
 
 A recorded sequence of StepInputs replays a run. A StepInput holds no sampled token: a decoding row's input is the token
 that the device sampled for it last, which is what lets step n+1 be submitted before the output of step n is known.
+
+Those made for each row of each step are not frozen, since that would double what they cost; nobody changes them.
 """
 
 from dataclasses import dataclass, field
@@ -37,7 +39,7 @@ class ForkRow:
     choice: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TableChange:
     """Entries of a row's block table from `start` on in KV group `group` become `blocks`."""
 
@@ -56,7 +58,7 @@ class BlockCopy:
     target: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScheduledRow:
     """Row `row` computes `num_tokens` tokens from position `start`.
 
@@ -69,7 +71,7 @@ class ScheduledRow:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SampleRow:
     """Sample the token of `row` at `position` from the logits of the last token of `source`'s part of the batch."""
 
@@ -113,7 +115,7 @@ class TokenLogprob:
     top_logprobs: list[float]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SampledToken:
     """A row's token of this step. `position` is the token's place in the request, prompt included."""
 
@@ -143,7 +145,7 @@ class StepOutput:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenEvent:
     """News of one choice of a request, from the engine to whoever asked.
 
