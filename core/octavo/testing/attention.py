@@ -2,10 +2,13 @@
 
 case = make_case(make_spec(num_heads=8, num_kv_heads=2), [(1, 40), (7, 23)])
 check_attention(MyBackend, case)
+
+Tensors are made on torch's default device: a case is moved with `case.to("cuda")`, or made there under
+`with torch.device("cuda")`, where its random numbers are others.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +20,9 @@ from octavo.kv_cache.interface import KVCache, KVCacheFormat, KVSpec
 from octavo.kv_cache.plain import PlainFormat
 
 POISON = 0xFF  # every byte so: NaN in all floating dtypes
-_GUARD = 2  # tokens before and after `out`, which nobody may write
+_GUARD = 2  # tokens before and after `out` and `lse`, which nobody may write
+_SCRATCH_GUARD = 256  # bytes before and after the scratch, likewise; a multiple of every kernel's alignment
+_SCORES_AT_ONCE = 1 << 24  # scores that the oracle holds at a time
 
 
 def make_spec(
@@ -76,6 +81,30 @@ class AttentionCase:
     new: tuple[torch.Tensor, torch.Tensor]
     expected: Expected
 
+    def to(self, device: torch.device | str) -> "AttentionCase":
+        """The case with its inputs on `device`, strides and all; what is expected stays where it is."""
+        batch = self.batch
+        tensors: dict[str, Any] = {name: as_it_lies(getattr(batch, name), device) for name in _BATCH_TENSORS}
+        for name in ("block_tables", "slots"):
+            tensors[name] = tuple(as_it_lies(x, device) for x in getattr(batch, name))
+        return replace(
+            self,
+            batch=replace(batch, **tensors),
+            kv=self.spec.cache_format.view(self.kv.raw.to(device, copy=True)),
+            q=as_it_lies(self.q, device),
+            new=(as_it_lies(self.new[0], device), as_it_lies(self.new[1], device)),
+        )
+
+
+_BATCH_TENSORS = ("token_ids", "positions", "query_start", "seq_lens", "row_index", "sample_index")
+
+
+def as_it_lies(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A copy of x on `device` with its strides and offset, in a copy of all that it is a view of (C9)."""
+    count = x.untyped_storage().nbytes() // x.element_size()
+    whole = x.as_strided((count,), (1,), 0).to(device, copy=True)
+    return whole.as_strided(x.shape, x.stride(), x.storage_offset())
+
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
@@ -90,7 +119,8 @@ def attend(
     scores = q @ k.transpose(1, 2) * spec.scale
     if spec.features.get("softcap"):
         scores = spec.features["softcap"] * torch.tanh(scores / spec.features["softcap"])
-    ahead = torch.arange(k.shape[1]) - torch.arange(k.shape[1] - q.shape[1], k.shape[1]).view(-1, 1)
+    keys = torch.arange(k.shape[1], device=q.device)
+    ahead = keys - keys[k.shape[1] - q.shape[1] :].view(-1, 1)
     hidden = ahead > 0
     if spec.features.get("window"):
         hidden |= ahead <= -spec.features["window"]
@@ -109,14 +139,16 @@ def make_case(
     padding_requests: int = 0,
     padding_tokens: int = 0,
     magnitude: float = 1.0,
+    poison: int = POISON,
 ) -> AttentionCase:
     """A random batch of requests (query_len, seq_len), one-token ones first; all that is unused holds NaN (C10).
 
+    (Or, with another byte as `poison`, what that byte makes of the format's numbers.)
     Blocks lie in random order, tables have a row stride of their own, and q, k and v are views of one tensor (C9).
     Entries behind a window are the null block. `padding_requests` follow with seq_len 0: of one token each where all
     requests are (the decode graph's padding), else of none; then `padding_tokens` tokens that are nobody's (C3).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     query_lens, seq_lens = [n for n, _ in requests], [m for _, m in requests]
     num_decodes = next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens))
     if any(n == 1 for n in query_lens[num_decodes:]):
@@ -126,7 +158,7 @@ def make_case(
     query_start = torch.tensor([0, *query_lens, *padding]).cumsum(0).int()
     num_requests, num_tokens = len(seq_lens) + len(padding), int(query_start[-1]) + padding_tokens
     blocks = _deal_blocks(seq_lens, spec.block_size, generator)
-    kv, keys_values = _fill_cache(spec, seq_lens, blocks, magnitude, generator)
+    kv, keys_values = _fill_cache(spec, seq_lens, blocks, magnitude, poison, generator)
     qkv = torch.randn(num_tokens, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim, generator=generator)
     qkv = (qkv * magnitude).to(spec.dtype)
     q, k, v = torch.split_with_sizes(qkv, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
@@ -168,11 +200,12 @@ def _fill_cache(
     seq_lens: list[int],
     blocks: list[torch.Tensor],
     magnitude: float,
+    poison: int,
     generator: torch.Generator,
 ) -> tuple[KVCache, list[tuple[torch.Tensor, torch.Tensor]]]:
     """A cache of NaN with random keys and values of every request written to it; these too, [m, Hk, D] each."""
     num_blocks = max((int(x.max()) for x in blocks if len(x)), default=0) + 4
-    kv = spec.cache_format.view(torch.full((num_blocks, spec.cache_format.page_bytes()), POISON, dtype=torch.uint8))
+    kv = spec.cache_format.view(torch.full((num_blocks, spec.cache_format.page_bytes()), poison, dtype=torch.uint8))
     keys_values = []
     for m, mine in zip(seq_lens, blocks, strict=True):
         where = torch.arange(m)
@@ -203,9 +236,13 @@ def _expect(spec: AttentionSpec, batch: Batch, q: torch.Tensor, blocks: list[tor
     lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float64)
     scores = torch.zeros_like(lse)
     for i, mine in enumerate(blocks):
-        part = slice(batch.query_start_host[i], batch.query_start_host[i + 1])
+        begin, end = batch.query_start_host[i : i + 2]
         k, v = spec.cache_format.read(kv, mine, batch.seq_lens_host[i])
-        out[part], lse[part], spread[part], scores[part] = attend(q[part], k, v, spec)
+        at_once = max(1, _SCORES_AT_ONCE // (spec.num_heads * max(1, len(k))))
+        for start in range(begin, end, at_once):
+            stop = min(start + at_once, end)
+            part, seen = slice(start, stop), len(k) - (end - stop)
+            out[part], lse[part], spread[part], scores[part] = attend(q[part], k[:seen], v[:seen], spec)
     return Expected(out, lse, spread, scores)
 
 
@@ -228,6 +265,21 @@ def lse_tolerance(case: AttentionCase) -> torch.Tensor:
     return 2.0**-24 * (2 * (case.spec.head_dim + 2) * case.expected.scores + length + 4 * size)
 
 
+def build_attention(
+    backend: type[AttentionBackend], spec: AttentionSpec, options: Any, device: torch.device | str
+) -> tuple[AttentionBackend, torch.Tensor]:
+    """The backend on a scratch of NaN, and the scratch with the guards around it, for `assert_guarded`."""
+    size = backend.scratch_bytes(spec, options)
+    guarded = torch.full((size + 2 * _SCRATCH_GUARD,), POISON, dtype=torch.uint8, device=device)
+    return backend(spec, options, guarded[_SCRATCH_GUARD : _SCRATCH_GUARD + size]), guarded
+
+
+def assert_guarded(scratch: torch.Tensor) -> None:
+    """Raise AssertionError where a backend wrote beyond the scratch that it asked for."""
+    ends = torch.cat((scratch[:_SCRATCH_GUARD], scratch[-_SCRATCH_GUARD:]))
+    assert ends.eq(POISON).all(), "C13: wrote around the scratch, so scratch_bytes is too small"
+
+
 def run_attention(
     backend: type[AttentionBackend],
     case: AttentionCase,
@@ -238,19 +290,26 @@ def run_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Plan and forward once, into NaN: (out, lse). Raises AssertionError where anything else was written (C13)."""
     spec, device = case.spec, case.q.device
-    scratch = torch.full((backend.scratch_bytes(spec, options),), POISON, dtype=torch.uint8, device=device)
-    built = backend(spec, options, scratch)
-    num_tokens = case.q.shape[0]
-    guarded = torch.full((num_tokens + 2 * _GUARD, *case.q.shape[1:]), torch.nan, dtype=spec.dtype, device=device)
-    out = guarded[_GUARD : _GUARD + num_tokens]
-    lse = torch.full(case.q.shape[:2], torch.nan, dtype=torch.float32, device=device) if with_lse else None
+    built, scratch = build_attention(backend, spec, options, device)
+    wide_out, out = _guarded(case.q.shape, spec.dtype, device)
+    wide_lse, lse = _guarded(case.q.shape[:2], torch.float32, device)
     before = [x.clone() for x in _inputs(case)]
-    built.forward(built.plan(case.batch), case.q, case.kv, out, lse, case.new if with_new else None)
+    built.forward(
+        built.plan(case.batch), case.q, case.kv, out, lse if with_lse else None, case.new if with_new else None
+    )
     for was, now in zip(before, _inputs(case), strict=True):
         same = torch.equal(was.contiguous().view(torch.uint8), now.contiguous().view(torch.uint8))
         assert same, "C13: forward or plan wrote to its inputs"
-    assert guarded[:_GUARD].isnan().all() and guarded[_GUARD + num_tokens :].isnan().all(), "C13: wrote around out"
-    return out, lse
+    for wide, name in ((wide_out, "out"), (wide_lse, "lse")):
+        assert wide[:_GUARD].isnan().all() and wide[-_GUARD:].isnan().all(), f"C13: wrote around {name}"
+    assert_guarded(scratch)
+    return out, lse if with_lse else None
+
+
+def _guarded(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor of NaN and its middle, of `shape`."""
+    wide = torch.full((shape[0] + 2 * _GUARD, *shape[1:]), torch.nan, dtype=dtype, device=device)
+    return wide, wide[_GUARD : _GUARD + shape[0]]
 
 
 def _inputs(case: AttentionCase) -> list[torch.Tensor]:
@@ -267,19 +326,24 @@ def check_attention(
     with_new: bool = True,
 ) -> None:
     """Assert that the backend is right on the case. Raises AssertionError naming the rule and the worst element."""
-    out, lse = run_attention(backend, case, options, with_lse=with_lse, with_new=with_new)
+    assert_right(case, *run_attention(backend, case, options, with_lse=with_lse, with_new=with_new))
+
+
+def assert_right(case: AttentionCase, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
+    """Assert that out [T, Hq, D] and lse [T, Hq] are the case's. Raises AssertionError naming rule and element."""
     assert out.isfinite().all(), "C3, C10: out is not finite"
     _assert_near(out, case.expected.out, out_tolerance(case), "C1, C11: out")
     if lse is not None:
         empty = case.expected.lse.isneginf()
-        assert torch.equal(lse.cpu().isneginf(), empty), "C8: lse is -inf for padding, and for nothing else"
+        lse = lse.to(empty.device)
+        assert torch.equal(lse.isneginf(), empty), "C8: lse is -inf for padding, and for nothing else"
         live = ~empty
-        _assert_near(lse.cpu()[live], case.expected.lse[live], lse_tolerance(case)[live], "C8: lse")
+        _assert_near(lse[live], case.expected.lse[live], lse_tolerance(case)[live], "C8: lse")
 
 
 def _assert_near(got: torch.Tensor, wanted: torch.Tensor, tolerance: torch.Tensor, what: str) -> None:
-    excess = (got.double().cpu() - wanted).abs() - tolerance
-    if excess.numel() and excess.max() > 0:
+    excess = (got.to(wanted.device).double() - wanted).abs() - tolerance
+    if excess.numel() and not excess.max() <= 0:  # NaN counts as wrong
         at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
         raise AssertionError(
             f"{what} is {got[at]:.8g} at {at}, but {wanted[at]:.8g} is right within {tolerance[at]:.2g};"
