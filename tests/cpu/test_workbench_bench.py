@@ -22,6 +22,13 @@ from octavo_workbench.workloads import SHAPES, Job, fixed, model_of_shape
 TINY = ["--shape", "tiny", "--device", "cpu", "--max-num-seqs", "8", "--no-progress"]
 
 
+@pytest.fixture(autouse=True)
+def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small copies and products: what they reach does not matter here."""
+    monkeypatch.setattr("octavo_workbench.ceilings._COPY_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr("octavo_workbench.ceilings._MATMUL_SIZE", {"cpu": 64})
+
+
 @pytest.fixture
 def session() -> Iterator[Session]:
     """An engine with the tiny shape."""
@@ -38,24 +45,37 @@ def _bench(path: Path, *args: str) -> tuple[int, dict[str, Any]]:
 
 
 def test_offline_measures_the_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, result = _bench(tmp_path, "offline", "--workload", "3x20x4", "--runs", "2")
+    code, result = _bench(tmp_path, "offline", "--workload", "3x20x4,2x9x3", "--runs", "2")
     assert code == 0
-    assert len(result["runs"]) == 2
-    for run in result["runs"]:
+    first, second = result["workloads"]
+    assert (first["workload"], second["workload"]) == ("3x20x4", "2x9x3")
+    assert [run["num_output_tokens"] for run in second["runs"]] == [6, 6]
+    assert len(first["runs"]) == 2
+    for run in first["runs"]:
         assert (run["num_prompt_tokens"], run["num_output_tokens"], run["num_cached_tokens"]) == (60, 12, 0)
-    fastest = min(run["seconds"] for run in result["runs"])
-    assert result["output_tokens_per_s"] == pytest.approx(12 / fastest)
-    assert result["tokens_per_s"] == pytest.approx(72 / fastest)
+    fastest = min(run["seconds"] for run in first["runs"])
+    assert first["output_tokens_per_s"] == pytest.approx(12 / fastest)
+    assert first["tokens_per_s"] == pytest.approx(72 / fastest)
+    floor, ceilings = first["floor"], result["ceilings"]
+    assert floor["num_steps"] == 4
+    assert first["of_floor"] == pytest.approx(floor["seconds"] / fastest)
+    assert 0 < first["of_floor"] < 1
+    assert first["of_copy"] == pytest.approx(floor["num_bytes"] / fastest / ceilings["bytes_per_s"])
+    weights = result["engine"]["memory"]["weights"]  # the embedding is read, for the logits
+    assert floor["num_bytes"] == pytest.approx(
+        4 * weights + 3 * (20 + 21 + 22 + 23) * result["engine"]["kv_bytes_per_token"]
+    )
     assert result["engine"]["model"] == "tiny"
     assert result["engine"]["backends"]
     assert result["environment"]["versions"]["torch"]
-    assert f"best: {12 / fastest:,.1f} output tok/s" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "% of floor" in text and "ceilings: copy" in text
 
 
 def test_offline_runs_the_first_requests_only(tmp_path: Path) -> None:
     _, result = _bench(tmp_path, "offline", "--num-requests", "2", "--runs", "1")
     first = workloads.sharegpt_like(2)
-    assert result["runs"][0]["num_output_tokens"] == sum(job.num_output_tokens for job in first)
+    assert result["workloads"][0]["runs"][0]["num_output_tokens"] == sum(job.num_output_tokens for job in first)
 
 
 def test_offline_fails_when_prompts_come_from_the_cache(
@@ -64,7 +84,7 @@ def test_offline_fails_when_prompts_come_from_the_cache(
     monkeypatch.setitem(workloads.WORKLOADS, "twice", lambda: fixed(1, 64, 2) * 2)
     code, result = _bench(tmp_path, "offline", "--workload", "twice", "--runs", "1", "--max-num-batched-tokens", "64")
     assert code == 1
-    assert result["runs"][0]["num_cached_tokens"] == 48
+    assert result["workloads"][0]["runs"][0]["num_cached_tokens"] == 48
     assert "came from the prefix cache" in capsys.readouterr().out
 
 
@@ -170,7 +190,7 @@ def test_bad_arguments_are_refused(args: list[str], words: str, capsys: pytest.C
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["cpu", "offline", "kv-waste", "prefix"])
+@pytest.mark.parametrize("name", ["cpu", "offline", "startup", "kv-waste", "prefix"])
 def test_help_names_the_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", name, "--help"]) == 0
     text = capsys.readouterr().out

@@ -6,7 +6,9 @@ from typing import Protocol
 
 _SUBCOMMANDS = {
     "cpu": "speed against transformers' generate, time to ready and peak memory",
-    "offline": "tokens per second of a workload",
+    "offline": "tokens per second of workloads",
+    "serve": "latency and throughput of a server",
+    "startup": "the time from the start of a process until it is ready",
     "kv-waste": "the share of the KV cache that is allocated and not used",
     "prefix": "what a repeated prompt costs",
 }
