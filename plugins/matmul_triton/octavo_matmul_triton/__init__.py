@@ -1,0 +1,1 @@
+"""Few-token products with dense weights in Triton for Octavo."""

@@ -1,0 +1,1 @@
+"""Fused operators in Triton for Octavo."""
