@@ -345,3 +345,16 @@ def test_check_finds_a_block_shared_by_mistake() -> None:
     blocks.tables(2)[0][0] = blocks.tables(1)[0][0]
     with pytest.raises(AssertionError, match=r"^block 1 has 1 references, its holders are 2$"):
         blocks.check()
+
+
+def test_an_idle_manager_holds_nothing() -> None:
+    blocks = BlockManager(8, 4)
+    blocks.check_idle()
+    blocks.admit(1)
+    with pytest.raises(AssertionError, match="1 requests have blocks"):
+        blocks.check_idle()
+    blocks.free(1)
+    blocks.check_idle()
+    blocks.pool.take()
+    with pytest.raises(AssertionError, match="1 blocks are held"):
+        blocks.check_idle()

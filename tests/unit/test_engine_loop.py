@@ -265,7 +265,7 @@ def test_blocks_are_checked_when_the_engine_becomes_idle() -> None:
     house = House(depth=1)
     house.add([1], max_tokens=1)
     house.engine.scheduler.blocks.pool.take()
-    with pytest.raises(AssertionError, match="block 1 has 1 references"):
+    with pytest.raises(AssertionError, match="1 blocks are held, but no request is there"):
         house.engine.step()
 
 

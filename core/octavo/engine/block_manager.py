@@ -239,6 +239,11 @@ class BlockManager:
                     wasted += spare
         return wasted
 
+    def check_idle(self) -> None:
+        """Verify that nothing is held, in no time: what `check` comes to without requests. Raises AssertionError."""
+        assert not self._tables, f"{len(self._tables)} requests have blocks, but none is there"
+        assert self.pool.num_used == 0, f"{self.pool.num_used} blocks are held, but no request is there"
+
     def check(self) -> None:
         """Verify that no block is lost or shared by mistake. Raises AssertionError."""
         refs: dict[int, int] = {}

@@ -113,7 +113,7 @@ class Engine:
         self._refused = self._refused and bool(self._in_flight)
         events = self.scheduler.update(_result(step, future))
         if not self.has_work():
-            self.scheduler.blocks.check()
+            self.scheduler.blocks.check_idle()
         return events
 
     def _submit(self, step: StepInput) -> "Future[StepOutput]":
