@@ -16,7 +16,7 @@ from tiny_models import GREEDY, Reference, run, start, tokens_of
 
 @pytest.fixture(params=[1, 3])
 def engine(llama: Reference, request: pytest.FixtureRequest) -> Iterator[Engine]:
-    engine = start(llama.path, max_steps_in_flight=request.param)
+    engine = start(llama.path, max_steps_in_flight=request.param, attention_backend="torch", ops_backend="torch")
     yield engine
     engine.scheduler.blocks.check()
     engine.shutdown()

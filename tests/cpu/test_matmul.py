@@ -7,8 +7,8 @@ import pytest
 import torch
 from octavo.device import DeviceInfo
 from octavo.weights.interface import Activation, Dense, MatmulSpec
-from octavo.weights.onednn_matmul import OneDNNMatmul
 from octavo.weights.torch_matmul import TorchMatmul
+from octavo_native_cpu.onednn import OneDNNMatmul
 
 CPU = DeviceInfo("cpu", "CPU")
 SPEC = MatmulSpec(weight=Dense, in_features=96, out_features=40, dtype=torch.bfloat16, device=CPU)
@@ -94,6 +94,6 @@ def test_onednn_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason is not None and "float32" in reason
     reason = OneDNNMatmul.why_not(replace(SPEC, weight=Packed), None)
     assert reason is not None and "Packed" in reason
-    monkeypatch.setattr("octavo.weights.onednn_matmul._supported", lambda: False)
+    monkeypatch.setattr("octavo_native_cpu.onednn._supported", lambda: False)
     reason = OneDNNMatmul.why_not(SPEC, None)
     assert reason is not None and "lack" in reason

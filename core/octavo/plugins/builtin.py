@@ -40,11 +40,8 @@ def octavo_weight_formats() -> list[Provider]:
 
 @hookimpl
 def octavo_matmuls() -> list[Provider]:
-    """The torch reference, and oneDNN's kernels for the CPU."""
-    return [
-        _provider("torch", "weights.torch_matmul:TorchMatmul", "the reference in torch"),
-        _provider("onednn", "weights.onednn_matmul:OneDNNMatmul", "dense products on the CPU by oneDNN", priority=10),
-    ]
+    """The torch reference."""
+    return [_provider("torch", "weights.torch_matmul:TorchMatmul", "the reference in torch")]
 
 
 @hookimpl

@@ -5,7 +5,6 @@ the product. A weight in oneDNN's blocked layout is read once.
 """
 
 import torch
-
 from octavo.weights.interface import Activation, ActivationSpec, Dense, MatmulSpec
 
 _TYPICAL_TOKENS = 1  # the layout is chosen for decoding, and measured no worse for prefill
