@@ -50,12 +50,19 @@ def _selection(one: dict[str, Any]) -> list[str]:
 
 
 def memory_lines(info: EngineInfo) -> list[str]:
-    """What takes memory, in planned bytes, and the sum."""
-    if not info.memory:
+    """What takes memory, in planned bytes, and the sum; beside it what was measured."""
+    entries = {name: number for name, number in info.memory.items() if number}
+    if not entries:
         return []
-    entries = {**info.memory, "together": sum(info.memory.values())}
+    entries["together"] = sum(entries.values())
     width = max(map(len, entries))
-    return ["Memory:", *(f"    {name.ljust(width)} {number / (1 << 20):10.1f} MiB" for name, number in entries.items())]
+    measured = {name: f", measured {_mib(number)}" for name, number in info.memory_measured.items() if number}
+    lines = (f"    {name.ljust(width)} {_mib(number):>14}{measured.get(name, '')}" for name, number in entries.items())
+    return ["Memory:", *lines]
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):.1f} MiB"
 
 
 def _warnings(listener: socket.socket, settings: ServerSettings, guarded: bool) -> list[str]:

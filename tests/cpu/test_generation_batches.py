@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from octavo.batch import Batch
+from octavo.batch import Batch, BatchShape
 from octavo.engine.step import BlockCopy, ForkRow, NewRow, SampleRow, ScheduledRow, StepInput, TableChange
 from octavo.runtime.buffers import BatchBuffers
 from octavo.runtime.rows import Row
@@ -102,3 +102,48 @@ def test_set_tokens_replaces_the_sampled_token(llama: Reference, runner: Runner)
     step = StepInput(1, set_tokens=[(0, prompt[-1])], rows=rows, samples=samples)
     output = runner.sample(runner.submit(step)).result()
     assert [token.token_id for token in output.tokens] == tokens[:1]
+
+
+def test_a_padded_batch_holds_the_same_and_padding_behind() -> None:
+    buffers = BatchBuffers(4, 32, 4, BLOCK_SIZE, 1, CPU)
+    new = new_row(1, [*range(50, 60)], [[3, 4]])
+    rows = {1: Row.start(new, 100, frozenset(), CPU)}
+    buffers.set_table(0, 1, 0, [3, 4])
+    step = StepInput(0, rows=[ScheduledRow(1, 0, 6, 4)], samples=[SampleRow(1, 0, 1, 10)])
+    plain = buffers.prepare(step, rows).batch.token_ids.tolist()
+    padded = buffers.prepare(step, rows, BatchShape(8, 3, 8, 2)).batch
+    assert padded.shape == BatchShape(8, 3, 8, 2)
+    assert padded.token_ids.tolist() == [*range(56, 60), 0, 0, 0, 0] == [*plain, 0, 0, 0, 0]
+    assert padded.slots[0].tolist() == [30, 31, 32, 33, -1, -1, -1, -1]
+    assert padded.query_start.tolist() == [0, 4, 4, 4], "padding repeats the last start"
+    assert padded.seq_lens.tolist() == [10, 0, 0]
+    assert padded.block_tables[0].tolist() == [[3, 4], [0, 0], [0, 0]], "padding's blocks are the null block"
+    assert padded.sample_index.tolist() == [3]
+
+
+def test_padding_of_a_batch_of_decodes_has_a_token_each() -> None:
+    buffers = BatchBuffers(4, 32, 4, BLOCK_SIZE, 1, CPU)
+    rows = {2: Row.start(new_row(2, [5], [[3]]), 100, frozenset(), CPU)}
+    buffers.set_table(0, 2, 0, [3])
+    buffers.last_token[2] = 77
+    step = StepInput(0, rows=[ScheduledRow(2, 0, 1, 1)], samples=[SampleRow(2, 0, 2, 2)])
+    batch = buffers.prepare(step, rows, BatchShape(4, 4, 1, 4)).batch
+    assert batch.query_start.tolist() == [0, 1, 2, 3, 4]
+    assert batch.seq_lens.tolist() == [2, 0, 0, 0]
+    assert batch.token_ids.tolist() == [77, 0, 0, 0]
+    assert batch.slots[0].tolist() == [25, -1, -1, -1]
+
+
+def test_batches_of_a_shape_lie_at_the_same_addresses() -> None:
+    buffers = BatchBuffers(4, 32, 4, BLOCK_SIZE, 2, CPU)
+    shape = BatchShape(8, 3, 8, 2)
+    empty = buffers.padding(shape)
+    new = new_row(1, [*range(50, 60)], [[3, 4], [5, 6]])
+    for group, blocks in enumerate(new.blocks):
+        buffers.set_table(group, 1, 0, blocks)
+    rows = {1: Row.start(new, 100, frozenset(), CPU)}
+    full = buffers.prepare(StepInput(0, rows=[ScheduledRow(1, 0, 6, 4)]), rows, shape).batch
+    names = ("token_ids", "positions", "query_start", "seq_lens", "row_index")
+    assert [getattr(empty, n).data_ptr() for n in names] == [getattr(full, n).data_ptr() for n in names]
+    assert [x.data_ptr() for x in empty.slots] == [x.data_ptr() for x in full.slots]
+    assert empty.seq_lens_host == [0, 0, 0] and empty.query_start_host == [0, 0, 0, 0]

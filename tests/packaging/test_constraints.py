@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # pip belongs to the environment; torch itself names the triton that it needs; octavo[test] is this project.
-NOT_PINNED = {"pip", "triton", "octavo"}
+NOT_PINNED = {"pip", "octavo"}
 
 
 def _pins() -> dict[str, Version]:

@@ -18,7 +18,7 @@ from octavo.text.tokenizer import Tokenizer
 from octavo_server import security, serve
 from octavo_server.security import ALWAYS_OPEN, DOCS, read_keys
 from octavo_server.settings import ServerSettings
-from octavo_server.welcome import welcome
+from octavo_server.welcome import memory_lines, welcome
 from servers import live_server
 
 TLS = Path(__file__).parents[1] / "data" / "tls"
@@ -307,6 +307,19 @@ def test_welcome_tells_what_was_selected_and_the_memory_and_ends_with_a_request(
     start, _, body = lines[-1].partition(" -d '")
     assert start == f"curl http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json'"
     assert json.loads(body.removesuffix("'"))["temperature"] == 0
+
+
+def test_memory_is_told_as_planned_and_as_measured() -> None:
+    info = fake_engine.info()
+    info.memory = {"weights": 3 << 20, "graphs": 2 << 20, "activations": 0}
+    info.memory_measured = {"weights": 0, "graphs": 1 << 20}
+    title, weights, graphs, together = memory_lines(info)
+    assert (title, weights.split(), together.split()) == (
+        "Memory:",
+        ["weights", "3.0", "MiB"],
+        ["together", "5.0", "MiB"],
+    )
+    assert graphs.split() == ["graphs", "2.0", "MiB,", "measured", "1.0", "MiB"]
 
 
 def test_welcome_shows_no_key_and_warns_of_an_open_door() -> None:

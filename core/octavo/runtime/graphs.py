@@ -20,7 +20,7 @@ def decode_sizes(max_requests: int) -> list[int]:
     return sorted({size for size in sizes if size <= max_requests})
 
 
-def mixed_sizes(max_requests: int, max_tokens: int) -> list[BatchShape]:
+def mixed_shapes(max_requests: int, max_tokens: int) -> list[BatchShape]:
     """Shapes of graphs for batches in which prompts and decodes mix.
 
     All but one of their requests may be decodes; which ones are is for the kernels to see.
@@ -35,7 +35,7 @@ class GraphShapes:
 
     def __init__(self, support: GraphSupport, max_requests: int, max_tokens: int) -> None:
         self._decodes = decode_sizes(min(max_requests, max_tokens)) if support >= GraphSupport.DECODE else []
-        self._mixed = mixed_sizes(max_requests, max_tokens) if support >= GraphSupport.MIXED else []
+        self._mixed = mixed_shapes(max_requests, max_tokens) if support >= GraphSupport.MIXED else []
 
     def all(self) -> list[BatchShape]:
         """Every shape, those that need most memory first, so that the others fit into what they leave."""

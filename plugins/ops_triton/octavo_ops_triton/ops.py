@@ -19,12 +19,12 @@ class Tuning:
     `silu_block`: elements a program; `rotary_heads`: heads a program; `silu_warps`, `rotary_warps`: its warps.
     """
 
-    norm_elements: int = 16
+    norm_elements: int = 8
     norm_rows_elements: int = 1024
-    silu_block: int = 2048
+    silu_block: int = 1024
     silu_warps: int = 4
-    rotary_heads: int = 8
-    rotary_warps: int = 2
+    rotary_heads: int = 16
+    rotary_warps: int = 8
 
 
 TUNING = Tuning()
