@@ -35,7 +35,7 @@ def test_arrays_of_the_same_sizes_lie_at_the_same_addresses() -> None:
 def test_a_packet_can_be_filled_to_its_end_and_no_further() -> None:
     packet = Packet(padded_bytes(8 * 3) + padded_bytes(4 * 5), CPU)
     assert [len(view) for view in packet.send(arrays(3, 5))] == [3, 5]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(AssertionError, match="a packet of"):
         packet.send(arrays(30, 50))
 
 

@@ -70,11 +70,10 @@ class Request:
     @property
     def num_wanted(self) -> int:
         """Tokens to compute now: 0 once all output tokens are sampled or on their way."""
-        if len(self.output_token_ids) + self.num_in_flight >= self.max_output_tokens:
+        num_output = len(self.output_token_ids) + self.num_in_flight
+        if num_output >= self.max_output_tokens or (self.sync and self.num_in_flight):
             return 0
-        if self.sync and self.num_in_flight:
-            return 0
-        return self.num_tokens - self.num_computed
+        return len(self.prompt_token_ids) + num_output - self.num_computed
 
     @property
     def finished(self) -> bool:

@@ -26,7 +26,8 @@ class StepBuilder:
         self.rows.append(row)
         self.requests.append(request)
         self.budget -= row.num_tokens
-        self.num_prompt_tokens += max(0, min(row.start + row.num_tokens, request.num_prompt) - row.start)
+        if row.start < request.num_prompt:
+            self.num_prompt_tokens += min(row.num_tokens, request.num_prompt - row.start)
 
     def edit(self, row: int, edits: list[TableEdit]) -> None:
         """The row's tables change before the step computes; shared blocks are copied."""

@@ -55,7 +55,7 @@ class GraphShapes:
 @dataclass(frozen=True, slots=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    hidden: torch.Tensor
+    result: torch.Tensor
 
 
 class Graphs:
@@ -64,23 +64,41 @@ class Graphs:
     def __init__(self, shapes: GraphShapes) -> None:
         self.shapes = shapes
         self._pool = torch.cuda.graph_pool_handle()
-        self._captured: dict[BatchShape, _Captured] = {}
+        self._forward: dict[BatchShape, _Captured] = {}
+        self._greedy: dict[BatchShape, _Captured] = {}
 
-    def capture(self, shape: BatchShape, forward: Callable[[], torch.Tensor]) -> None:
-        """Capture `forward` of the batch of `shape` in the buffers, after a run that compiles what it needs."""
-        forward()
+    def capture(
+        self, shape: BatchShape, forward: Callable[[], torch.Tensor], greedy: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Capture `forward` of the batch of `shape` in the buffers and, if all are decodes, `greedy` of its result.
+
+        Each runs once before, to compile what it needs.
+        """
+        self._forward[shape] = captured = self._record(forward)
+        if shape.num_decodes == shape.num_requests:
+            self._greedy[shape] = self._record(lambda: greedy(captured.result))
+
+    def _record(self, function: Callable[[], torch.Tensor]) -> _Captured:
+        function()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            hidden = forward()
-        self._captured[shape] = _Captured(graph, hidden)
+            result = function()
+        return _Captured(graph, result)
 
     def find(self, shape: BatchShape) -> BatchShape | None:
         """The shape whose graph serves a batch of `shape`, or None."""
         found = self.shapes.find(shape)
-        return found if found in self._captured else None
+        return found if found in self._forward else None
 
     def replay(self, shape: BatchShape) -> torch.Tensor:
         """Hidden states [T, H] of the batch that lies in the buffers; those of padding are any numbers."""
-        captured = self._captured[shape]
-        captured.graph.replay()
-        return captured.hidden
+        return _replay(self._forward[shape])
+
+    def replay_greedy(self, shape: BatchShape) -> torch.Tensor:
+        """The likeliest tokens [R] int64 after a batch of decodes whose graph was replayed last."""
+        return _replay(self._greedy[shape])
+
+
+def _replay(captured: _Captured) -> torch.Tensor:
+    captured.graph.replay()
+    return captured.result

@@ -35,6 +35,8 @@ class Row:
     seed: int
     counts: PenaltyCounts | None = None
     masked: list[int] = field(default_factory=list)
+    plain: bool = False
+    """Whether its token is simply the likeliest one, and nothing more is asked of it."""
 
     @classmethod
     def start(cls, new: NewRow, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device) -> "Row":
@@ -52,6 +54,7 @@ class Row:
             row.masked = sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)})
         if needs_counts(params):
             row.counts = _count(row, vocab_size, device)
+        row.plain = not row.masked and row.counts is None and _is_plain(params)
         return row
 
     def fork(self, fork: ForkRow) -> "Row":
@@ -59,12 +62,24 @@ class Row:
         counts = self.counts.copy() if self.counts is not None else None
         seed = choice_seed(self.request_seed, fork.choice)
         return Row(
-            fork.generation, self.token_ids, self.num_prompt, self.params, self.request_seed, seed, counts, self.masked
+            fork.generation,
+            self.token_ids,
+            self.num_prompt,
+            self.params,
+            self.request_seed,
+            seed,
+            counts,
+            self.masked,
+            self.plain,
         )
 
     def num_generated(self, position: int) -> int:
         """Tokens generated before `position`."""
         return position - self.num_prompt
+
+
+def _is_plain(params: SamplingParams) -> bool:
+    return params.greedy and params.logprobs is None and not params.logit_bias and params.allowed_token_ids is None
 
 
 def needs_counts(params: SamplingParams) -> bool:

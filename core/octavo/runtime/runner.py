@@ -18,7 +18,7 @@ from octavo.runtime.failures import named_failures
 from octavo.runtime.graphs import Graphs
 from octavo.runtime.pending import PendingOutput
 from octavo.runtime.rows import Row
-from octavo.runtime.sampler import Logprobs, sample, token_logprobs
+from octavo.runtime.sampler import Logprobs, Sampled, sample, token_logprobs
 from octavo.runtime.transfer import Arrival, ints_to_device, to_device
 
 _LOGITS_AT_ONCE = 128  # rows of prompt logits held at a time
@@ -32,6 +32,17 @@ class Computed:
     prepared: Prepared
     hidden: torch.Tensor
     rows: dict[int, Row]
+    graph: BatchShape | None
+    """The shape of the graph that computed it."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it is a graph of decodes in which each request samples its own likeliest token."""
+        step, shape = self.step, self.graph
+        if shape is None or shape.num_decodes < shape.num_requests or len(step.samples) != len(step.rows):
+            return False
+        pairs = zip(step.samples, step.rows, strict=True)
+        return all(one.row == one.source == row.row and self.rows[one.row].plain for one, row in pairs)
 
     @property
     def batch(self) -> Batch:
@@ -78,7 +89,7 @@ class Runner:
         with named_failures(self.provider_names, self.model.layers, prepared.batch.shape):
             forward = self._plan(prepared.batch)
             hidden = graphs.replay(shape) if graphs and shape else forward()
-        return Computed(step, prepared, hidden, dict(self.rows))
+        return Computed(step, prepared, hidden, dict(self.rows), shape)
 
     def _plan(self, batch: Batch) -> Callable[[], torch.Tensor]:
         """Have every backend plan for the batch; what remains to be done."""
@@ -94,7 +105,14 @@ class Runner:
     def capture(self, shape: BatchShape) -> None:
         """Add a graph for batches of `shape`."""
         assert self.graphs is not None, "a runner without graphs"
-        self.graphs.capture(shape, self._plan(self.buffers.padding(shape)))
+        batch = self.buffers.padding(shape)
+        self.graphs.capture(shape, self._plan(batch), lambda hidden: self._take_likeliest(hidden, batch.row_index))
+
+    def _take_likeliest(self, hidden: torch.Tensor, row_index: torch.Tensor) -> torch.Tensor:
+        """The likeliest token of each row, [R] int64: its next input."""
+        token_ids = self.logits(hidden).max(dim=-1).indices
+        self.buffers.last_token.index_copy_(0, row_index.long(), token_ids.int())
+        return token_ids
 
     def _apply(self, step: StepInput) -> None:
         buffers = self.buffers
@@ -139,10 +157,13 @@ class Runner:
         samples = computed.step.samples
         if not samples:
             return list
-        logits = self.logits(computed.hidden.index_select(0, computed.batch.sample_index))
-        rows = [computed.rows[sample.row] for sample in samples]
-        sampled = sample(logits, rows, [sample.position for sample in samples])
-        self.buffers.last_token.index_copy_(0, computed.prepared.sample_rows, sampled.token_ids.int())
+        if self.graphs and computed.graph and computed.is_greedy:
+            sampled = Sampled(self.graphs.replay_greedy(computed.graph)[: len(samples)], None)
+        else:
+            logits = self.logits(computed.hidden.index_select(0, computed.batch.sample_index))
+            rows = [computed.rows[sample.row] for sample in samples]
+            sampled = sample(logits, rows, [sample.position for sample in samples])
+            self.buffers.last_token.index_copy_(0, computed.prepared.sample_rows, sampled.token_ids.int())
         arrival = Arrival(sampled.token_ids)
 
         def tokens() -> list[SampledToken]:

@@ -5,6 +5,7 @@ so that two steps in flight never overwrite each other's.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -46,6 +47,10 @@ class Arrival:
         return self._tensors
 
 
+_Layout = tuple[list[slice], torch.Tensor, list[torch.Tensor]]
+_LAYOUTS = 512  # that are remembered: making the views of one takes as long as the rest of a copy
+
+
 class Packet:
     """Many small arrays in one copy: they lie one after the other in a persistent device buffer.
 
@@ -54,20 +59,28 @@ class Packet:
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._layout = lru_cache(maxsize=_LAYOUTS)(self._make_layout)
 
     def send(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
         """Copy the arrays (int32 or int64), and return them as views of the buffer."""
-        ends = list(accumulate(padded_bytes(array.nbytes) for array in arrays))
-        host = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=self._buffer.is_cuda)
-        target = self._buffer[: ends[-1]]
-        flat, views = host.numpy(), []
-        for array, end in zip(arrays, ends, strict=True):
-            begin = end - padded_bytes(array.nbytes)
-            part = slice(begin, begin + array.nbytes)
+        parts, target, views = self._layout(tuple((array.nbytes, array.itemsize) for array in arrays))
+        host = torch.empty(target.shape, dtype=torch.uint8, pin_memory=self._buffer.is_cuda)
+        flat = host.numpy()
+        for array, part in zip(arrays, parts, strict=True):
             flat[part] = array.view(np.uint8)
-            views.append(target[part].view(_DTYPES[array.itemsize]))
         target.copy_(host, non_blocking=True)
-        return views
+        return [view.view(-1) for view in views]
+
+    def _make_layout(self, sizes: tuple[tuple[int, int], ...]) -> _Layout:
+        """Where arrays of these (bytes, bytes an element) lie, and the buffer's views of them."""
+        ends = list(accumulate(padded_bytes(size) for size, _ in sizes))
+        assert ends[-1] <= len(self._buffer), f"a packet of {ends[-1]} bytes, for a buffer of {len(self._buffer)}"
+        parts = [
+            slice(end - padded_bytes(size), end - padded_bytes(size) + size)
+            for (size, _), end in zip(sizes, ends, strict=True)
+        ]
+        views = [self._buffer[part].view(_DTYPES[item]) for part, (_, item) in zip(parts, sizes, strict=True)]
+        return parts, self._buffer[: ends[-1]], views
 
 
 def padded_bytes(num_bytes: int) -> int:
