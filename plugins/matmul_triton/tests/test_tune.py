@@ -26,7 +26,7 @@ def test_a_line_says_speed_and_winner(capsys: pytest.CaptureFixture[str]) -> Non
     line = capsys.readouterr().out
     assert "200 GB/s" in line and "100 GB/s" in line and "x2.000" in line and "Vector(block_n=4" in line
     assert row["timings"][0] == {
-        "config": {"kind": "Vector", "block_n": 4, "num_warps": 4, "unroll": 1, "prefetch": 2048},
+        "config": {"kind": "Vector", "block_n": 4, "num_warps": 4, "unroll": 1, "prefetch": 0},
         "us": 10.0,
     }
     assert row["timings"][1]["config"] is None or row["timings"][2]["config"] is None
