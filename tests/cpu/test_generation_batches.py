@@ -104,6 +104,16 @@ def test_set_tokens_replaces_the_sampled_token(llama: Reference, runner: Runner)
     assert [token.token_id for token in output.tokens] == tokens[:1]
 
 
+@pytest.mark.parametrize(("params", "number"), [(GREEDY, 1), (SamplingParams(prompt_logprobs=1), 9)])
+def test_the_end_of_the_model_computes_what_is_asked_for(
+    llama: Reference, runner: Runner, params: SamplingParams, number: int
+) -> None:
+    prompt = llama.prompts[8][:9]
+    new, rows = new_row(0, prompt, [[1, 2]], params), [ScheduledRow(0, 0, 0, 9)]
+    computed = runner.submit(StepInput(0, new_rows=[new], rows=rows, samples=[SampleRow(0, 0, 0, 9)]))
+    assert len(computed.hidden) == number
+
+
 def test_a_padded_batch_holds_the_same_and_padding_behind() -> None:
     buffers = BatchBuffers(4, 32, 4, BLOCK_SIZE, 1, CPU)
     new = new_row(1, [*range(50, 60)], [[3, 4]])

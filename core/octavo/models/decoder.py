@@ -29,16 +29,19 @@ class DecoderLayer:
     eps: float
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor | None, step: StepContext
+        self, x: torch.Tensor, residual: torch.Tensor | None, step: StepContext, wanted: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, residual) [T, H] of this layer -> those of the next."""
+        """(x, residual) [T, H] of this layer -> those of the next, or of the tokens `wanted` [S] alone."""
         ops = self.ops
         if residual is None:
             residual = x.float()
             x = ops.rms_norm.rms_norm(residual, self.input_norm, self.eps)
         else:
             x, residual = ops.add_rms_norm.add_rms_norm(x, residual, self.input_norm, self.eps)
-        x = self.output(self.attention(self.qkv(x), step))
+        x = self.attention(self.qkv(x), step)
+        if wanted is not None:
+            x, residual = x.index_select(0, wanted), residual.index_select(0, wanted)
+        x = self.output(x)
         x, residual = ops.add_rms_norm.add_rms_norm(x, residual, self.mlp_norm, self.eps)
         return self.down(ops.silu_and_mul.silu_and_mul(self.gate_up(x))), residual
 
@@ -87,11 +90,11 @@ class Decoder:
         )
 
     def forward(self, step: StepContext) -> torch.Tensor:
-        """Hidden states [T, H] of the step's tokens, after the last norm."""
+        """Hidden states of the step's tokens [T, H], or of those wanted [S, H], after the last norm."""
         x, residual = self.embed(step.batch.token_ids), None
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x, residual = layer(x, residual, step)
-        assert residual is not None, "a model without layers"
+        x, residual = self.layers[-1](x, residual, step, step.wanted)
         return self.ops.add_rms_norm.add_rms_norm(x, residual, self.norm, self.config.norm_eps)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

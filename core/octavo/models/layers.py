@@ -15,11 +15,16 @@ from octavo.weights.interface import Activation, Matmul
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What a step's layers share: the batch, a plan of each KV group, and every layer's cache."""
+    """What a step's layers share: the batch, a plan of each KV group, and every layer's cache.
+
+    `wanted` [S] are the tokens whose hidden states are asked for, None for all: what follows the last attention is then
+    computed for them alone.
+    """
 
     batch: Batch
     plans: tuple[Any, ...]
     caches: tuple[KVCache, ...]
+    wanted: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

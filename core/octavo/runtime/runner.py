@@ -26,7 +26,10 @@ _LOGITS_AT_ONCE = 128  # rows of prompt logits held at a time
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A step between `submit` and `sample`: what it asked, its batch and its hidden states [T, H]."""
+    """A step between `submit` and `sample`: what it asked, its batch and its hidden states.
+
+    `hidden` is of all tokens [T, H], or where `sampled_only` of those whose logits are sampled, [S, H].
+    """
 
     step: StepInput
     prepared: Prepared
@@ -34,6 +37,7 @@ class Computed:
     rows: dict[int, Row]
     graph: BatchShape | None
     """The shape of the graph that computed it."""
+    sampled_only: bool
 
     @property
     def is_greedy(self) -> bool:
@@ -87,14 +91,21 @@ class Runner:
         shape = graphs.find(shape_of(step)) if graphs else None
         prepared = self.buffers.prepare(step, self.rows, shape)
         with named_failures(self.provider_names, self.model.layers, prepared.batch.shape):
-            forward = self._plan(prepared.batch)
+            sampled_only = shape is None and self._wants_few(step)
+            forward = self._plan(prepared.batch, prepared.batch.sample_index if sampled_only else None)
             hidden = graphs.replay(shape) if graphs and shape else forward()
-        return Computed(step, prepared, hidden, dict(self.rows), shape)
+        return Computed(step, prepared, hidden, dict(self.rows), shape, sampled_only)
 
-    def _plan(self, batch: Batch) -> Callable[[], torch.Tensor]:
+    def _wants_few(self, step: StepInput) -> bool:
+        """Whether most tokens only leave their keys and values: prompts, whose logprobs nobody asked for."""
+        if not 0 < len(step.samples) < step.num_tokens:
+            return False
+        return all(self.rows[row.row].params.prompt_logprobs is None for row in step.rows)
+
+    def _plan(self, batch: Batch, wanted: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
         """Have every backend plan for the batch; what remains to be done."""
         plans: tuple[Any, ...] = tuple(backend.plan(batch) for backend in self.backends)
-        return lambda: self.model.forward(StepContext(batch, plans, self.caches))
+        return lambda: self.model.forward(StepContext(batch, plans, self.caches, wanted))
 
     @torch.inference_mode()
     def run_padding(self, shape: BatchShape) -> torch.Tensor:
@@ -160,7 +171,10 @@ class Runner:
         if self.graphs and computed.graph and computed.is_greedy:
             sampled = Sampled(self.graphs.replay_greedy(computed.graph)[: len(samples)], None)
         else:
-            logits = self.logits(computed.hidden.index_select(0, computed.batch.sample_index))
+            hidden = computed.hidden
+            if not computed.sampled_only:
+                hidden = hidden.index_select(0, computed.batch.sample_index)
+            logits = self.logits(hidden)
             rows = [computed.rows[sample.row] for sample in samples]
             sampled = sample(logits, rows, [sample.position for sample in samples])
             self.buffers.last_token.index_copy_(0, computed.prepared.sample_rows, sampled.token_ids.int())
