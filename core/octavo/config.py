@@ -88,8 +88,10 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = documented("bytes of the KV cache; default: what fits", size=True)
     num_gpu_blocks_override: int | None = documented("blocks in the KV cache, whatever fits")
     enable_prefix_caching: bool = documented("find the blocks of known prefixes again", True)
-    max_num_batched_tokens: int | None = documented("tokens that a step may compute", size=True)
-    max_num_seqs: int | None = documented("requests that run at once")
+    max_num_batched_tokens: int | None = documented(
+        "tokens that a step may compute; default: 2048 on a CPU, 8192 on a GPU", size=True
+    )
+    max_num_seqs: int | None = documented("requests that run at once; default: 256 on a CPU, 512 on a GPU")
     enable_chunked_prefill: bool = documented("split a prompt over steps where the token budget asks for it", True)
     long_prefill_token_threshold: int = documented("most tokens of one prompt in a step; 0: no limit", 0)
     scheduling_policy: str = documented("fcfs or priority", "fcfs")

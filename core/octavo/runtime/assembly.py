@@ -25,7 +25,7 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-DEFAULT_MAX_REQUESTS = 256
+DEFAULT_MAX_REQUESTS = {"cpu": 256, "cuda": 512}
 DEFAULT_MAX_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
@@ -153,7 +153,7 @@ def _limits(config: EngineConfig, model: DecoderConfig, device: DeviceInfo) -> L
             f"max_model_len is {longest}, but the model's positions end at {model.max_position}. "
             "Ask for no more than that."
         )
-    max_requests = config.max_num_seqs or DEFAULT_MAX_REQUESTS
+    max_requests = config.max_num_seqs or DEFAULT_MAX_REQUESTS[device.type]
     max_tokens = config.max_num_batched_tokens or max(DEFAULT_MAX_TOKENS[device.type], max_requests)
     if not config.enable_chunked_prefill:
         if config.max_num_batched_tokens and max_tokens < longest:

@@ -9,14 +9,14 @@ import torch
 from octavo.attention.interface import GraphSupport
 from octavo.batch import BatchShape
 
-_MIXED_STEP = 64  # mixed batches are padded to multiples of this many tokens
-_MIXED_MOST = 1024  # longer ones keep the GPU busy for longer than the host takes to launch them
-_MIXED_REQUESTS = 32
+# Mixed batches are padded to these: longer ones keep the GPU busy for longer than the host takes to launch them.
+_MIXED_TOKENS = (*range(64, 512, 64), *range(512, 1025, 128))
+_MIXED_REQUESTS = (32, 128, 256)
 
 
 def decode_sizes(max_requests: int) -> list[int]:
-    """Batch sizes of decode graphs: dense where padding would cost most, multiples of 16 further on."""
-    sizes = [1, 2, 4, 8, 12, 16, 24, 32, *range(48, max_requests, 16), max_requests]
+    """Batch sizes of decode graphs: dense where padding would cost most, multiples of 16 and of 32 further on."""
+    sizes = [1, 2, 4, 8, 12, 16, 24, 32, *range(48, 256, 16), *range(256, max_requests, 32), max_requests]
     return sorted({size for size in sizes if size <= max_requests})
 
 
@@ -25,9 +25,11 @@ def mixed_shapes(max_requests: int, max_tokens: int) -> list[BatchShape]:
 
     All but one of their requests may be decodes; which ones are is for the kernels to see.
     """
-    most = min(_MIXED_MOST, max_tokens)
-    requests = sorted({min(_MIXED_REQUESTS, max_requests), max_requests})
-    return [BatchShape(t, r, t, r - 1) for t in range(_MIXED_STEP, most + 1, _MIXED_STEP) for r in requests if r > 1]
+    requests = [*(number for number in _MIXED_REQUESTS if number < max_requests), max_requests]
+    tokens = [number for number in _MIXED_TOKENS if number <= max_tokens]
+    # A batch has no more requests than tokens: what holds as many need not be larger.
+    pairs = [(t, min(r, t)) for t in tokens for r in requests if r > 1]
+    return [BatchShape(t, r, t, r - 1) for t, r in dict.fromkeys(pairs)]
 
 
 class GraphShapes:
