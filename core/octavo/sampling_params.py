@@ -29,9 +29,10 @@ def uniform(seed: int, position: int) -> float:
     return (_mix(_mix(seed & _MASK) ^ (position * 0xD6E8FEB86659FD93 & _MASK)) >> 11) * 2.0**-53
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
+def _check_range(name: str, value: float, low: float, high: float, place: str = "") -> None:
+    """Raise RequestError for the field `name` (at `place` in it) unless `value` lies between the bounds."""
     if not isfinite(value) or not low <= value <= high:
-        raise RequestError(f"{name} is {value}, but must be from {low:g} to {high:g}.", name)
+        raise RequestError(f"{name}{place} is {value}, but must be from {low:g} to {high:g}.", name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,7 @@ class SamplingParams:
         if self.top_p == 0.0:
             raise RequestError("top_p is 0, but must be above 0 and at most 1.", "top_p")
         for token, bias in self.logit_bias.items():
-            _check_range(f"logit_bias[{token}]", bias, -100.0, 100.0)
+            _check_range("logit_bias", bias, -100.0, 100.0, f"[{token}]")
 
     def _normalise(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

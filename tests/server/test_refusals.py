@@ -46,7 +46,7 @@ async def _refused(service: Any, path: str, **request: Any) -> tuple[str, str | 
         ({"stop": [1]}, "stop", "stop: Input should be a valid string; found [1]"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "'x'"),
         ({"logit_bias": {"300": 1}}, "logit_bias", "300, but ids are from 0 to 299"),
-        ({"logit_bias": {"3": 101}}, "logit_bias[3]", "from -100 to 100"),
+        ({"logit_bias": {"3": 101}}, "logit_bias", "logit_bias[3] is 101.0, but must be from -100 to 100"),
         ({"logprobs": 21}, "logprobs", "21, but at most 20"),
         ({"logprobs": True}, "logprobs", "found True"),
         ({"seed": 2**63}, "seed", "9223372036854775808"),
