@@ -77,10 +77,10 @@ def start_worker(config: EngineConfig, plugins: Plugins, tell: Callable[[str], N
         eos_token_ids = _eos_token_ids(reader)
         generation_config = dict(reader.generation_config)
         weight_bytes = _weight_bytes(reader, assembly.dtype)
-        weight_bytes_measured = _allocated(device) - before - attention_bytes(assembly)
+        measured = {"weights": _allocated(device) - before - attention_bytes(assembly)}
         reader.close()
     make_runner = partial(_runner, assembly, model, backends, eos_token_ids)
-    reserve, graph_bytes = Reserve(), 0
+    reserve = Reserve()
     if device.type == "cuda":
         with phases.phase("measuring a step's memory"):
             reserve = measure_reserve(make_runner(allocate_cache(assembly, 1)), assembly)
@@ -89,7 +89,7 @@ def start_worker(config: EngineConfig, plugins: Plugins, tell: Callable[[str], N
         runner = make_runner(allocate_cache(assembly, num_blocks))
     if device.type == "cuda":
         with phases.phase("compiling and capturing graphs"):
-            graph_bytes = warm_up(runner, assembly, partial(_shown, config.progress))
+            measured["graphs"] = warm_up(runner, assembly, partial(_shown, config.progress))
     details = {
         "model": name,
         "dtype": str(assembly.dtype).removeprefix("torch."),
@@ -103,7 +103,7 @@ def start_worker(config: EngineConfig, plugins: Plugins, tell: Callable[[str], N
             "activations": reserve.activations,
             "graphs": reserve.graphs,
         },
-        "memory_measured": {"weights": weight_bytes_measured, "graphs": graph_bytes},
+        "memory_measured": measured if device.type == "cuda" else {},  # a CPU does not tell
         "generation_config": generation_config,
         "kv_bytes_per_token": block_bytes(assembly) / config.block_size,
     }
