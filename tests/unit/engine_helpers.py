@@ -117,6 +117,7 @@ class Ledger:
                 assert known == (whole if told.token_ids else whole[: len(known)]), f"prompt logprobs of {request_id}"
             else:
                 assert told.prompt_logprobs == []
+            assert all(other.prompt_logprobs == [] for other in asked.choices[1:]), "choice 0 tells of the prompt"
 
     def _verify(self, request_id: str, choice: int, told: Told, doomed: set[tuple[str, int]] | None) -> None:
         name = f"choice {choice} of {request_id}"

@@ -184,6 +184,16 @@ def test_prompt_logprobs_are_told_once_though_the_prompt_is_computed_again() -> 
     assert len(rig.told(name).prompt_logprobs) == 23
 
 
+def test_a_choice_that_computes_the_prompt_again_tells_nothing_of_it() -> None:
+    rig = Rig(capacity_of(num_blocks=12, max_model_len=32, max_tokens=24))
+    rig.add(9, max_tokens=20)
+    rig.step()
+    name = rig.add([1] * 9, prompt_logprobs=1, max_tokens=14, n=3)
+    rig.run(2)
+    assert rig.scheduler.counters.num_preemptions > 0
+    assert [len(rig.told(name, choice).prompt_logprobs) for choice in range(3)] == [8, 0, 0]
+
+
 def test_what_was_told_of_the_prompt_is_cut_from_a_longer_chunk() -> None:
     rig = Dictated(capacity=capacity_of(max_tokens=4))
     rig.add(9, name="a", prompt_logprobs=1)

@@ -288,7 +288,7 @@ class Scheduler:
 
     def _take_prompt(self, prompt: PromptLogprobs) -> None:
         request = self._live.get((prompt.row, prompt.generation))
-        if request is None:
+        if request is None or request.choice:  # a preempted choice computes the prompt too, which choice 0 tells
             return
         # After a preemption the prompt is computed again; what was told stays told.
         news = prompt.logprobs[max(0, request.num_prompt_logprobs - prompt.start) :]
