@@ -1,6 +1,7 @@
 """The engine's own process (`python -m octavo.engine_process FD PARENT`): commands in from a socket, events out."""
 
 import ctypes
+import gc
 import logging
 import os
 import queue
@@ -105,6 +106,9 @@ class EngineProcess:
         module, _, function = start.factory.partition(":")
         factory = getattr(import_module(module), function)
         engine, info = factory(start.config, lambda text: self._send(Phase(text)))
+        # What the start has made stays: collecting garbage need not look at it, which takes a large part of a second.
+        gc.collect()
+        gc.freeze()
         self._send(Ready(msgspec.convert(msgspec.to_builtins(info), EngineInfo)))
         return engine  # type: ignore[no-any-return]
 

@@ -1,6 +1,5 @@
 """From a configuration to a running engine. What is heavy is imported when it is called."""
 
-import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -41,9 +40,6 @@ def start_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         max_logprobs=config.max_logprobs,
         seed=config.seed,
     )
-    # What the start has made stays: collecting garbage need not look at it again, which takes a large part of a second.
-    gc.collect()
-    gc.freeze()
     plugins.engine_started(engine)
     engine.on_shutdown = lambda: plugins.engine_stopped(engine)
     return engine, _info(capacity, chosen)

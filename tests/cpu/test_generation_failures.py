@@ -1,5 +1,7 @@
 """A step that fails ends its own requests, with provider, layer and shape in the message; the engine goes on."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -96,3 +98,14 @@ def test_failure_of_the_sampler(monkeypatch: pytest.MonkeyPatch, llama: Referenc
     assert answer.finish_reason == "error"
     assert "The model failed on a batch of 1 tokens in 1 requests" in (answer.error or "")
     assert tokens_of(run(engine, llama.prompts)) == llama.tokens
+
+
+def test_an_engine_that_is_dropped_is_freed(llama: Reference) -> None:
+    """Without a shutdown too: the next one needs the memory."""
+    engine = start(llama.path)
+    run(engine, llama.prompts[:2])
+    model = weakref.ref(engine._executor.runner.model)  # type: ignore[attr-defined]
+    assert model() is not None
+    del engine
+    gc.collect()
+    assert model() is None

@@ -1,5 +1,6 @@
 """An engine in this process that runs workloads and counts what it did."""
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,13 +43,17 @@ class Run:
 
 
 class Session:
-    """A started engine. Generation is greedy and ignores the end-of-sequence token, so that every run is the same work.
+    """A started engine, in a process that is its own.
+
+    Generation is greedy and ignores the end-of-sequence token, so that every run is the same work.
 
     Raises what `start_engine` does.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.engine, self.info = start_engine(config)
+        gc.collect()
+        gc.freeze()  # as the engine's own process does
         self._num_runs = 0
 
     def __enter__(self) -> Self:

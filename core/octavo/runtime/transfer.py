@@ -5,7 +5,6 @@ so that two steps in flight never overwrite each other's.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -59,7 +58,7 @@ class Packet:
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._layout = lru_cache(maxsize=_LAYOUTS)(self._make_layout)
+        self._layouts: dict[tuple[tuple[int, int], ...], _Layout] = {}
 
     def send(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
         """Copy the arrays (int32 or int64), and return them as views of the buffer."""
@@ -70,6 +69,13 @@ class Packet:
             flat[part] = array.view(np.uint8)
         target.copy_(host, non_blocking=True)
         return [view.view(-1) for view in views]
+
+    def _layout(self, sizes: tuple[tuple[int, int], ...]) -> _Layout:
+        if sizes not in self._layouts:
+            if len(self._layouts) == _LAYOUTS:
+                self._layouts.clear()
+            self._layouts[sizes] = self._make_layout(sizes)
+        return self._layouts[sizes]
 
     def _make_layout(self, sizes: tuple[tuple[int, int], ...]) -> _Layout:
         """Where arrays of these (bytes, bytes an element) lie, and the buffer's views of them."""
