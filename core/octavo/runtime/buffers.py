@@ -62,7 +62,7 @@ class BatchBuffers:
         """Row `row` takes over the tables and the last token of `source`."""
         for group, table in enumerate(self.tables_host):
             table[row] = table[source]
-            self._note_edit(group, row, 0, table.shape[1])
+            self._note_edit(group, row, 0, int(table[row].nonzero()[0].max(initial=-1)) + 1)
         self.last_token[row] = self.last_token[source]
 
     def _note_edit(self, group: int, row: int, start: int, stop: int) -> None:

@@ -46,7 +46,13 @@ def num_cache_blocks(assembly: Assembly, reserve: Reserve) -> int:
     if num_blocks is None:
         most = per_request * limits.max_requests
         room = config.kv_cache_memory_bytes or _free_bytes(assembly, reserve)
-        num_blocks = min(most, room // block_bytes(assembly))
+        num_blocks = min(most, room // block_bytes(assembly) - 1)
+    if num_blocks < len(assembly.groups):
+        raise ConfigError(
+            f"No memory is left for the KV cache, of which a block takes {block_bytes(assembly)} bytes. "
+            f"Raise gpu_memory_utilization ({config.gpu_memory_utilization}) or kv_cache_memory_bytes, "
+            "end what else uses the device, or take a smaller model."
+        )
     if num_blocks < per_request:
         raise ConfigError(
             f"The KV cache has room for {num_blocks} blocks of {config.block_size} tokens, but one request of "

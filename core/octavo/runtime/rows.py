@@ -10,6 +10,9 @@ from octavo.engine.step import ForkRow, NewRow
 from octavo.runtime.transfer import to_device
 from octavo.sampling_params import SamplingParams, choice_seed
 
+PENALTY_BYTES = 5
+"""Bytes that a row's penalty counts take for each token of the vocabulary."""
+
 
 @dataclass(slots=True)
 class PenaltyCounts:

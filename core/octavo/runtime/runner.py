@@ -21,7 +21,7 @@ from octavo.runtime.rows import Row
 from octavo.runtime.sampler import Logprobs, Sampled, sample, token_logprobs
 from octavo.runtime.transfer import Arrival, ints_to_device, to_device
 
-_LOGITS_AT_ONCE = 128  # rows of prompt logits held at a time
+LOGITS_AT_ONCE = 128  # rows of prompt logits held at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +157,11 @@ class Runner:
         """Sample the step's rows, and leave each one's token on the device as its next input. Raises StepError."""
         with named_failures(self.provider_names, (), computed.batch.shape):
             tokens, prompts = self._sample(computed), self._prompt_logprobs(computed)
+        step_id, shape = computed.step.step_id, computed.batch.shape  # all that is kept: the hidden states are let go
 
         def finish() -> StepOutput:
-            with named_failures(self.provider_names, (), computed.batch.shape):
-                return StepOutput(computed.step.step_id, tokens(), [prompt() for prompt in prompts])
+            with named_failures(self.provider_names, (), shape):
+                return StepOutput(step_id, tokens(), [prompt() for prompt in prompts])
 
         return PendingOutput(finish)
 
@@ -210,8 +211,8 @@ class Runner:
         """Logprobs of the prompt's tokens from `start` to `end`, from the hidden states [n, H] before them."""
         targets = to_device(row.token_ids[start:end], hidden.device).long()
         parts = []
-        for at in range(0, len(targets), _LOGITS_AT_ONCE):
-            part = slice(at, at + _LOGITS_AT_ONCE)
+        for at in range(0, len(targets), LOGITS_AT_ONCE):
+            part = slice(at, at + LOGITS_AT_ONCE)
             asked = [row.params.prompt_logprobs] * len(targets[part])
             parts.append(token_logprobs(self.logits(hidden[part]), targets[part], asked))
         return [part for part in parts if part is not None]

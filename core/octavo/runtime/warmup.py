@@ -10,8 +10,8 @@ from octavo.engine.step import NewRow
 from octavo.runtime.assembly import Assembly
 from octavo.runtime.graphs import GraphShapes
 from octavo.runtime.memory import GRAPH_BYTES, Reserve
-from octavo.runtime.rows import Row
-from octavo.runtime.runner import Runner
+from octavo.runtime.rows import PENALTY_BYTES, Row
+from octavo.runtime.runner import LOGITS_AT_ONCE, Runner
 from octavo.runtime.sampler import sample
 from octavo.sampling_params import SamplingParams
 
@@ -38,12 +38,24 @@ def measure_reserve(runner: Runner, assembly: Assembly) -> Reserve:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     hidden = runner.run_padding(shape)
-    _sample_all(runner, hidden[: min(limits.max_requests, limits.max_tokens)])
+    _sample_all(runner, hidden[:1].repeat(max(limits.max_requests, LOGITS_AT_ONCE), 1))
     torch.cuda.synchronize()
     activations = torch.cuda.max_memory_allocated() - before
+    counts = PENALTY_BYTES * runner.vocab_size * limits.max_requests
+    return Reserve(activations + counts, _graph_bytes(runner, assembly, activations))
+
+
+def _graph_bytes(runner: Runner, assembly: Assembly, activations: int) -> int:
+    """What all graphs will take: the largest one's activations, each one's result, and the driver's part."""
     shapes = runner.graphs.shapes.all() if runner.graphs else []
-    largest = max((one.num_tokens for one in shapes), default=0)
-    return Reserve(activations, len(shapes) * GRAPH_BYTES + activations * largest // limits.max_tokens)
+    if not shapes:
+        return 0
+    model, itemsize = assembly.model, assembly.dtype.itemsize
+    decodes = [one.num_tokens for one in shapes if one.num_decodes == one.num_requests]
+    results = itemsize * model.hidden_size * sum(one.num_tokens for one in shapes)
+    logits = itemsize * model.vocab_size * max(decodes, default=0)
+    largest = activations * shapes[0].num_tokens // assembly.limits.max_tokens
+    return largest + results + logits + GRAPH_BYTES * (len(shapes) + len(decodes))
 
 
 @torch.inference_mode()
@@ -59,11 +71,9 @@ def warm_up(runner: Runner, assembly: Assembly, show: Callable[[Sequence[BatchSh
     """Compile what steps can reach and capture the graphs, `show`n as they go; bytes that the graphs took."""
     limits = assembly.limits
     shapes = runner.graphs.shapes.all() if runner.graphs else []
-    eager = [
-        BatchShape(limits.max_tokens, 1, limits.max_tokens, 0),
-        BatchShape(limits.max_tokens, 2, limits.max_tokens - 1, 1),
-        BatchShape(1, 1, 1, 1),
-    ]
+    eager = [BatchShape(limits.max_tokens, 1, limits.max_tokens, 0), BatchShape(1, 1, 1, 1)]
+    if min(limits.max_requests, limits.max_tokens) > 1:
+        eager.append(BatchShape(limits.max_tokens, 2, limits.max_tokens - 1, 1))
     for backend in runner.backends:
         backend.warmup([*eager, *shapes])
     free, _ = torch.cuda.mem_get_info()

@@ -79,7 +79,7 @@ def start_worker(config: EngineConfig, plugins: Plugins, tell: Callable[[str], N
         weight_bytes = _weight_bytes(reader, assembly.dtype)
         measured = {"weights": _allocated(device) - before - attention_bytes(assembly)}
         reader.close()
-    make_runner = partial(_runner, assembly, model, backends, eos_token_ids)
+    make_runner = partial(_runner, assembly, model, backends, eos_token_ids, _buffers(assembly))
     reserve = Reserve()
     if device.type == "cuda":
         with phases.phase("measuring a step's memory"):
@@ -199,23 +199,27 @@ def _allocated(device: DeviceInfo) -> int:
     return torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
 
+def _buffers(assembly: Assembly) -> BatchBuffers:
+    limits, block_size = assembly.limits, assembly.config.block_size
+    return BatchBuffers(
+        limits.max_requests,
+        limits.max_tokens,
+        -(-limits.max_model_len // block_size),
+        block_size,
+        len(assembly.groups),
+        assembly.device.torch_device,
+    )
+
+
 def _runner(
     assembly: Assembly,
     model: Decoder,
     backends: list[AttentionBackend],
     eos_token_ids: frozenset[int],
+    buffers: BatchBuffers,
     caches: tuple[KVCache, ...],
 ) -> Runner:
-    limits, config = assembly.limits, assembly.config
     shapes = graph_shapes(assembly)
-    buffers = BatchBuffers(
-        limits.max_requests,
-        limits.max_tokens,
-        -(-limits.max_model_len // config.block_size),
-        config.block_size,
-        len(assembly.groups),
-        assembly.device.torch_device,
-    )
     return Runner(
         model,
         backends,

@@ -17,6 +17,7 @@ from octavo_attention_triton.tuning import Tuning
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_GROUP = 128
+_GEOMETRIES = 1024  # that are remembered: batches outside graphs have ever new shapes
 _WARM_UP_PAGES = 2
 _KEYLESS_TOKENS = 3  # of the smallest batch that warms up both kernels
 _ALIGNMENT = 16  # bytes, of what q, k and v are (contract C9)
@@ -68,12 +69,12 @@ class TritonAttention:
     @classmethod
     def scratch_bytes(cls, spec: AttentionSpec, options: Any) -> int:
         """Partial results of requests whose keys are cut into several units."""
-        return cls._sizes(spec, options).scratch_bytes(spec)
+        return cls._sizes(spec, options).scratch_bytes(_with_room(spec))
 
     @classmethod
     def persistent_bytes(cls, spec: AttentionSpec, options: Any) -> int:
         """The tables of units and tiles, a counter for each request and KV head, and the pages that warm up."""
-        ints = sum(cls._sizes(spec, options).num_persistent_ints(spec))
+        ints = sum(cls._sizes(spec, options).num_persistent_ints(_with_room(spec)))
         return INT_BYTES * ints + _WARM_UP_PAGES * spec.cache_format.page_bytes()
 
     @classmethod
@@ -88,7 +89,7 @@ class TritonAttention:
         from octavo_attention_triton.prefill_kernel import prefill_kernel
         from octavo_attention_triton.schedule_kernel import schedule_kernel
 
-        self.spec = spec
+        self.spec = spec = _with_room(spec)
         self.options: TritonAttentionOptions = options or TritonAttentionOptions()
         self.sizes = self._sizes(spec, options)
         self._decode, self._prefill, self._schedule = decode_kernel, prefill_kernel, schedule_kernel
@@ -222,6 +223,8 @@ class TritonAttention:
             1 if decodes else -1,
             self.sizes.decode_index(max(shape.num_requests, 1)),
         )
+        if len(self._geometries) == _GEOMETRIES:
+            self._geometries.clear()
         self._geometries[shape] = geometry
         return geometry
 
@@ -288,6 +291,11 @@ class TritonAttention:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=device) if with_lse else None
         plan = self._planned(batch, geometry)
         self.forward(plan, q, self._page, out, lse, (k, v))
+
+
+def _with_room(spec: AttentionSpec) -> AttentionSpec:
+    """The spec with room for the batch that `warmup` runs."""
+    return replace(spec, max_requests=max(spec.max_requests, 2), max_tokens=max(spec.max_tokens, _KEYLESS_TOKENS))
 
 
 def _keyless_batch(group: int, num_tokens: int, device: torch.device) -> Batch:

@@ -113,3 +113,11 @@ def test_neither_hook_nor_refusal_imports_triton() -> None:
     path = ":".join(sys.path)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
+
+
+def test_the_smallest_limits_leave_room_to_warm_up() -> None:
+    spec = replace(make_spec(), max_requests=1, max_tokens=1)
+    scratch = torch.zeros(TritonAttention.scratch_bytes(spec, None), dtype=torch.uint8)
+    TritonAttention(spec, None, scratch).warmup([BatchShape(1, 1, 1, 1)])
+    kept = TritonAttention.persistent_bytes(spec, None)
+    assert kept == TritonAttention.persistent_bytes(replace(spec, max_requests=2, max_tokens=3), None)
