@@ -106,9 +106,9 @@ def test_length_beyond_the_models(llama: Reference) -> None:
     assert "256" in message
 
 
-@pytest.mark.parametrize("options", [{"num_gpu_blocks_override": 11}, {"kv_cache_memory_bytes": 95_000}])
+@pytest.mark.parametrize("options", [{"num_gpu_blocks_override": 11}, {"kv_cache_memory_bytes": 99_000}])
 def test_cache_that_holds_no_request(llama: Reference, options: dict[str, int]) -> None:
-    """A block is 2 layers of 2 x 2 heads x 16 tokens x 16 x 4 bytes: 8 KiB."""
+    """A block is 2 layers of 2 x 2 heads x 16 tokens x 16 x 4 bytes: 8 KiB. Of 99,000 bytes the null block takes one."""
     message = refusal(ConfigError, llama.path, **options)
     assert "room for 11 blocks of 16 tokens" in message
     assert "max_model_len (192) needs 12" in message
