@@ -108,7 +108,7 @@ def test_length_beyond_the_models(llama: Reference) -> None:
 
 @pytest.mark.parametrize("options", [{"num_gpu_blocks_override": 11}, {"kv_cache_memory_bytes": 99_000}])
 def test_cache_that_holds_no_request(llama: Reference, options: dict[str, int]) -> None:
-    """A block is 2 layers of 2 x 2 heads x 16 tokens x 16 x 4 bytes: 8 KiB. Of 99,000 bytes the null block takes one."""
+    """A block is 2 layers of 2 x 2 heads x 16 tokens x 16 x 4 bytes: 8 KiB. The null block takes one."""
     message = refusal(ConfigError, llama.path, **options)
     assert "room for 11 blocks of 16 tokens" in message
     assert "max_model_len (192) needs 12" in message
