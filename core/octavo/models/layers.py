@@ -54,14 +54,14 @@ class Linear:
         self.bias = bias
         self.reduce = reduce
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in] -> [T, out]."""
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, in] -> [T, out], into `out` where given."""
         activation = Activation(x)
         if len(self.parts) == 1:
             matmul, packed = self.parts[0]
-            y = matmul.apply(activation, packed, self.bias)
+            y = matmul.apply(activation, packed, self.bias, out)
         else:
-            y = torch.cat([matmul.apply(activation, packed, None) for matmul, packed in self.parts], dim=-1)
+            y = torch.cat([matmul.apply(activation, packed, None) for matmul, packed in self.parts], dim=-1, out=out)
             if self.bias is not None:
                 y += self.bias
         return y if self.reduce is None else self.reduce.all_reduce(y)

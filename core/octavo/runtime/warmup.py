@@ -53,7 +53,7 @@ def _graph_bytes(runner: Runner, assembly: Assembly, activations: int) -> int:
     model, itemsize = assembly.model, assembly.dtype.itemsize
     decodes = [one.num_tokens for one in shapes if one.num_decodes == one.num_requests]
     results = itemsize * model.hidden_size * sum(one.num_tokens for one in shapes)
-    logits = itemsize * model.vocab_size * max(decodes, default=0)
+    logits = torch.float32.itemsize * model.vocab_size * max(decodes, default=0)
     largest = activations * shapes[0].num_tokens // assembly.limits.max_tokens
     return largest + results + logits + GRAPH_BYTES * (len(shapes) + len(decodes))
 
@@ -67,6 +67,15 @@ def _sample_all(runner: Runner, hidden: torch.Tensor) -> None:
         sample(runner.logits(hidden), [row] * len(hidden), [1] * len(hidden))
 
 
+@torch.inference_mode()
+def _run_head(runner: Runner, assembly: Assembly) -> None:
+    """Compute the logits of few rows and of many: no other product is of float32, and it may be of any number."""
+    most, device = max(assembly.limits.max_requests, LOGITS_AT_ONCE), assembly.device.torch_device
+    hidden = torch.zeros(most, assembly.model.hidden_size, dtype=assembly.dtype, device=device)
+    for power in range(most.bit_length()):
+        runner.logits(hidden[: 1 << power])
+
+
 def warm_up(runner: Runner, assembly: Assembly, show: Callable[[Sequence[BatchShape]], Iterable[BatchShape]]) -> int:
     """Compile what steps can reach and capture the graphs, `show`n as they go; bytes that the graphs took."""
     limits = assembly.limits
@@ -76,6 +85,7 @@ def warm_up(runner: Runner, assembly: Assembly, show: Callable[[Sequence[BatchSh
         eager.append(BatchShape(limits.max_tokens, 2, limits.max_tokens - 1, 1))
     for backend in runner.backends:
         backend.warmup([*eager, *shapes])
+    _run_head(runner, assembly)
     free, _ = torch.cuda.mem_get_info()
     for shape in show(shapes):
         runner.capture(shape)

@@ -127,4 +127,4 @@ class Matmul(Protocol):
     def apply(
         self, x: Activation, packed: Any, bias: torch.Tensor | None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x [T, in] -> [T, out], into `out` where given."""
+        """x [T, in] -> [T, out], into `out` where given: rounded once, to its dtype, which may be wider than x's."""

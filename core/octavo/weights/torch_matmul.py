@@ -30,5 +30,8 @@ class TorchMatmul:
         self, x: Activation, packed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x W^T + b."""
+        if out is not None and out.dtype is torch.float32 and x.values.dtype.itemsize == 2 and out.is_cuda:
+            torch.mm(x.values, packed.t(), out_dtype=torch.float32, out=out)
+            return out if bias is None else out.add_(bias)
         result = F.linear(x.values, packed, bias)
         return result if out is None else out.copy_(result)

@@ -78,7 +78,10 @@ def _weigh(
     SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Weights [M, N] of a tile of products, by how much earlier sums shrink, and the new maximum and denominator."""
+    """Weights [M, N] of a tile of products, by how much earlier sums shrink, and the new maximum and denominator.
+
+    Maxima are rounded up to whole numbers: the weights are then rounded to 16 bits alike, whichever keys lie in a tile.
+    """
     scale = factor * LOG2E
     if SOFTCAP > 0:
         scores = _bounded(scores, factor, SOFTCAP)
@@ -88,7 +91,7 @@ def _weigh(
         if WINDOW:
             seen &= keys[None, :] > positions[:, None] - WINDOW
         scores = tl.where(seen, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    new_top = tl.maximum(top, tl.ceil(tl.max(scores, 1) * scale))
     shrink = tl.exp2(top - new_top)
     weights = tl.exp2(scores * scale - new_top[:, None])
     return weights, shrink, new_top, total * shrink + tl.sum(weights, 1)
