@@ -14,6 +14,7 @@ _GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 class EngineInfo:
     """Facts of a started engine.
 
+    `layers` has for each linear layer its weight, its matmul, its bytes, and why it was dequantized if it was.
     `memory` maps what takes memory to its planned bytes, `memory_measured` to what it took; `startup_seconds` maps each
     phase of the start to its time.
     """
@@ -28,6 +29,7 @@ class EngineInfo:
     dtype: str = ""
     device: str = ""
     backends: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
     memory_measured: dict[str, int] = field(default_factory=dict)
     startup_seconds: dict[str, float] = field(default_factory=dict)

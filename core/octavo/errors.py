@@ -13,6 +13,10 @@ class PluginError(OctavoError):
     """A plugin or provider that the configuration names cannot serve."""
 
 
+class UnservedError(PluginError):
+    """No provider can serve what is asked; the message has each one's reason."""
+
+
 class CheckpointError(OctavoError):
     """A checkpoint is missing, damaged, unsafe or of an unknown kind."""
 

@@ -72,7 +72,7 @@ def explain(config: EngineConfig, plugins: Plugins, device: "DeviceInfo") -> lis
     """Every selection for the model on a device, without loading weights. Raises as `start_engine` does."""
     from octavo.checkpoints import open_model
     from octavo.runtime.assembly import assemble
-    from octavo.weights.interface import Dense
+    from octavo.weights.canonical import Dense
 
     executor = choose(plugins, "executor", config.tensor_parallel_size, config.distributed_executor_backend)
     _, reader = open_model(config, plugins)
@@ -82,6 +82,6 @@ def explain(config: EngineConfig, plugins: Plugins, device: "DeviceInfo") -> lis
         reader.close()
     model = assembly.model
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    assembly.matmul(Dense, model.hidden_size, q + 2 * kv)
+    assembly.placement.matmul(Dense, (q + 2 * kv, model.hidden_size), {})
     communicator = choose(plugins, "communicator", config.tensor_parallel_size, config.communicator)
     return [executor, *assembly.selections, communicator]

@@ -6,7 +6,11 @@ from octavo.admission import EngineInfo
 
 
 def describe_backends(info: EngineInfo) -> dict[str, Any]:
-    """Every selection of the engine's start with its candidates; `uses` counts those that came out the same."""
+    """Every selection of the engine's start with its candidates; `uses` counts those that came out the same.
+
+    `layers` are the linear layers: the weight as the checkpoint has it, the matmul, bytes as stored and in memory, and
+    under `fallback` why it was dequantized, null where it was not.
+    """
     selections: list[dict[str, Any]] = []
     for selection in info.backends:
         known = next((one for one in selections if one == selection | {"uses": one["uses"]}), None)
@@ -14,4 +18,5 @@ def describe_backends(info: EngineInfo) -> dict[str, Any]:
             selections.append(selection | {"uses": 1})
         else:
             known["uses"] += 1
-    return {"object": "list", "model": info.model, "device": info.device, "dtype": info.dtype, "data": selections}
+    facts = {"model": info.model, "device": info.device, "dtype": info.dtype}
+    return {"object": "list", **facts, "data": selections, "layers": info.layers}

@@ -15,7 +15,8 @@ from octavo.checkpoints.safetensors_reader import SafetensorsReader
 from octavo.config import EngineConfig
 from octavo.errors import CheckpointError, ConfigError, OctavoError
 from octavo.start import start_engine
-from octavo.weights.interface import Dense, LinearShape
+from octavo.weights.canonical import Dense
+from octavo.weights.interface import LinearShape
 from octavo.weights.loader import WeightLoader
 from octavo.weights.unquantized import Unquantized
 from safetensors.torch import load_file, save_file
@@ -181,7 +182,7 @@ def test_ranks_load_their_parts(llama: Reference, split: str, axis: int) -> None
 
     def part(rank: int, size: int) -> torch.Tensor:
         loader = WeightLoader(reader, torch.float32, torch.device("cpu"), rank, size)
-        weight = loader.load(Unquantized(), shape, split)
+        weight = loader.load(Unquantized(), shape, split).weight
         assert isinstance(weight, Dense)
         return weight.weight
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from octavo.device import DeviceInfo
-from octavo.weights.interface import Activation, Dense, MatmulSpec
+from octavo.weights.canonical import Dense, GroupedInt
+from octavo.weights.interface import Activation, MatmulSpec
 from octavo.weights.torch_matmul import TorchMatmul
 from octavo_native_cpu.onednn import OneDNNMatmul
 
@@ -84,7 +85,14 @@ def test_views(matmul: Any, dtype: torch.dtype) -> None:
 def test_torch_serves_dense_weights_anywhere() -> None:
     assert TorchMatmul.why_not(SPEC, None) is None
     assert TorchMatmul.why_not(replace(SPEC, device=DeviceInfo("cuda", "GPU", (9, 0))), None) is None
-    assert TorchMatmul.why_not(replace(SPEC, weight=Packed), None) == "torch multiplies dense weights, not Packed"
+    assert Packed not in TorchMatmul.handles
+
+
+def test_torch_serves_quantized_weights_on_a_gpu_alone() -> None:
+    """On a CPU the loader dequantizes them once instead."""
+    spec = replace(SPEC, weight=GroupedInt)
+    assert "every call" in (TorchMatmul.why_not(spec, None) or "")
+    assert TorchMatmul.why_not(replace(spec, device=DeviceInfo("cuda", "GPU", (9, 0))), None) is None
 
 
 def test_onednn_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +100,7 @@ def test_onednn_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason is not None and "cuda" in reason
     reason = OneDNNMatmul.why_not(replace(SPEC, dtype=torch.float32), None)
     assert reason is not None and "float32" in reason
-    reason = OneDNNMatmul.why_not(replace(SPEC, weight=Packed), None)
-    assert reason is not None and "Packed" in reason
+    assert OneDNNMatmul.handles == (Dense,)
     monkeypatch.setattr("octavo_native_cpu.onednn._supported", lambda: False)
     reason = OneDNNMatmul.why_not(SPEC, None)
     assert reason is not None and "lack" in reason

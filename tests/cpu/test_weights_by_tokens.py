@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from octavo.device import DeviceInfo
+from octavo.weights.canonical import Dense, GroupedInt
 from octavo.weights.combinators import by_tokens
-from octavo.weights.interface import Activation, ActivationSpec, Dense, MatmulSpec
+from octavo.weights.interface import Activation, ActivationSpec, MatmulSpec
 from octavo.weights.torch_matmul import TorchMatmul
 
 SPEC = MatmulSpec(
@@ -67,8 +68,10 @@ def test_the_threshold_may_depend_on_the_weight() -> None:
 
 def test_the_joined_one_is_what_both_are() -> None:
     joined = by_tokens(Negated, Sparse, 1)
-    assert (joined.handles, joined.layout, joined.input) == (Dense, "dense", ActivationSpec())
+    assert (joined.handles, joined.layout, joined.input) == (TorchMatmul.handles, "dense", ActivationSpec())
     assert joined.features == {"sparse"}
+    few = type("Few", (TorchMatmul,), {"handles": (GroupedInt, Dense, int)})
+    assert by_tokens(few, TorchMatmul, 1).handles == (GroupedInt, Dense)
 
 
 def test_each_has_its_own_options() -> None:
@@ -82,8 +85,10 @@ def test_each_has_its_own_options() -> None:
     assert by_tokens(TorchMatmul, TorchMatmul, 1).why_not(SPEC, None) is None
 
 
-@pytest.mark.parametrize(("member", "value"), [("handles", int), ("layout", "tiled"), ("input", ActivationSpec("fp8"))])
+@pytest.mark.parametrize(
+    ("member", "value"), [("handles", (int,)), ("layout", "tiled"), ("input", ActivationSpec("fp8"))]
+)
 def test_unlike_matmuls_are_refused(member: str, value: Any) -> None:
     other = type("Other", (TorchMatmul,), {member: value})
-    with pytest.raises(ValueError, match=f"(?s){member}.*TorchMatmul.*Other"):
+    with pytest.raises(ValueError, match=f"(?s)({member}|share none).*"):
         by_tokens(TorchMatmul, other, 1)

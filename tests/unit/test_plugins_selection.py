@@ -98,7 +98,7 @@ def test_why_not_and_build_reason_narrow_further() -> None:
     def refuse(loaded: LoadedProvider, cls: Any, options: Any) -> str | None:
         return f"{cls.__name__} of {loaded.name} gets {options}"
 
-    with pytest.raises(PluginError, match=r"never: it needs a GPU; plain: Plain of plain gets None"):
+    with pytest.raises(PluginError, match=r"never: Never of never gets None; plain: Plain of plain gets None"):
         choose(plugins, "attention", Spec(), build_reason=refuse)
 
 

@@ -63,7 +63,7 @@ class Decoder:
         self.layers = [self._build_layer(build, i) for i in range(config.num_layers)]
         self.norm = build.norm("model.norm.weight", config.hidden_size)
         source = "model.embed_tokens" if config.tie_embeddings else "lm_head"
-        self.lm_head = build.head(source, config.hidden_size, config.vocab_size)
+        self.lm_head = build.head(source, config.hidden_size, config.vocab_size, dense=config.tie_embeddings)
 
     def _build_layer(self, build: ModelBuilder, index: int) -> DecoderLayer:
         c, name = self.config, f"model.layers.{index}"

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from traceback import walk_tb
 from typing import Any
 
-from octavo.errors import ConfigError, OctavoError, PluginError
+from octavo.errors import ConfigError, OctavoError, PluginError, UnservedError
 from octavo.plugins.kinds import KINDS
 from octavo.plugins.options import make_options, split_reference
 from octavo.plugins.registry import LoadedProvider, Plugins, describe_error
@@ -80,8 +80,8 @@ def choose(
     """Choose a provider of `kind` that can serve `spec`.
 
     `requested` names candidates in order of preference, with options ("triton:splits=8"); empty: the built-in providers
-    by priority. A candidate must support the spec's features, then pass its own `why_not`, then `build_reason(provider,
-    cls, options)`. Raises PluginError when none can serve, when a requested one failed, or under `strict` when a
+    by priority. A candidate must pass `build_reason(provider, cls, options)`, support the spec's features, and pass its
+    own `why_not`. Raises PluginError when none can serve, when a requested one failed, or under `strict` when a
     requested one cannot serve; ConfigError for an unknown name or option.
     """
     entries = _requested(plugins, kind, requested) if requested else _automatic(plugins, kind)
@@ -92,7 +92,7 @@ def choose(
     if requested and strict and reasons:
         raise PluginError(f"{_asked(kind, requested)} and --strict-backends is set, but {'; '.join(reasons)}.")
     if not able:
-        raise PluginError(_nobody(plugins, kind, requested, reasons))
+        raise UnservedError(_nobody(plugins, kind, requested, reasons))
     winner, by_hook = _decide(plugins, kind, spec, able)
     _explain_losers(able, winner, by_hook, bool(requested))
     return Selection(kind, winner.loaded, winner.cls, winner.options, _candidates(plugins, kind, entries, winner))
@@ -122,14 +122,14 @@ def _automatic(plugins: Plugins, kind: str) -> list[_Entry]:
 
 
 def _reason(entry: _Entry, spec: Any, build_reason: BuildReason | None) -> str | None:
-    lacking = _lacking(entry.cls, spec)
-    if lacking:
-        return f"it does not support {', '.join(lacking)}"
     try:
+        reason = build_reason(entry.loaded, entry.cls, entry.options) if build_reason else None
+        lacking = _lacking(entry.cls, spec)
+        if reason is None and lacking:
+            return f"it does not support {', '.join(lacking)}"
         why_not = getattr(entry.cls, "why_not", None)
-        reason = why_not(spec, entry.options) if why_not else None
-        if reason is None and build_reason is not None:
-            reason = build_reason(entry.loaded, entry.cls, entry.options)
+        if reason is None and why_not is not None:
+            reason = why_not(spec, entry.options)
     except OctavoError as error:
         return _sentence(str(error))
     except Exception as error:

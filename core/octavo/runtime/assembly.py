@@ -16,9 +16,11 @@ from octavo.kv_cache.interface import KVCacheFormat, KVSpec
 from octavo.models.config import DecoderConfig
 from octavo.models.decoder import Decoder
 from octavo.ops.interface import OPS, OpSpec
+from octavo.plugins.options import split_reference
 from octavo.plugins.registry import LoadedProvider, Plugins
-from octavo.plugins.selection import Selection, choose
-from octavo.weights.interface import Matmul, MatmulSpec, WeightFormat
+from octavo.plugins.selection import BuildReason, Selection, choose
+from octavo.runtime.placement import Placement
+from octavo.weights.interface import MatmulSpec, WeightFormat
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -59,22 +61,17 @@ class Assembly:
     selections: list[Selection] = field(default_factory=list)
     attention: list[tuple[Selection, AttentionSpec]] = field(default_factory=list)
     ops: dict[str, Selection] = field(default_factory=dict)
-    _matmuls: dict[tuple[type, int, int], Matmul] = field(default_factory=dict)
+    placement: Placement = field(init=False)
 
-    def matmul(self, weight: type, in_features: int, out_features: int) -> Matmul:
-        """The matmul for weights of this type and shape, selected at the first call. Raises PluginError."""
-        key = (weight, in_features, out_features)
-        if key not in self._matmuls:
-            spec = MatmulSpec(
-                weight=weight,
-                in_features=in_features,
-                out_features=out_features,
-                dtype=self.dtype,
-                device=self.device,
-            )
-            selection = self._choose("matmul", spec, self.config.linear_backend)
-            self._matmuls[key] = selection.cls(selection.options)
-        return self._matmuls[key]
+    def __post_init__(self) -> None:
+        self.placement = Placement(self._choose_matmul, self.dtype, self.device, self.config.strict_backends)
+
+    def _choose_matmul(self, spec: MatmulSpec, reason: BuildReason) -> Selection:
+        """Of the named matmuls those count that multiply such weights; where none does, the choice is automatic."""
+        named = self.config.linear_backend
+        classes: list[Any] = [self.plugins.get("matmul", split_reference(text)[0]).load() for text in named]
+        fitting = tuple(text for text, cls in zip(named, classes, strict=True) if spec.weight in cls.handles)
+        return self._choose("matmul", spec, fitting, build_reason=reason)
 
     def _choose(self, kind: str, spec: Any, requested: tuple[str, ...], **reasons: Any) -> Selection:
         selection = choose(self.plugins, kind, spec, requested, strict=self.config.strict_backends, **reasons)
@@ -89,8 +86,7 @@ def assemble(config: EngineConfig, plugins: Plugins, checkpoint: Mapping[str, An
     dtype = _dtype(config, checkpoint, device)
     kv_spec = KVSpec(model.num_kv_heads, model.head_dim, config.block_size, dtype)
     named = () if config.kv_cache_dtype == "auto" else (config.kv_cache_dtype,)
-    quantization = (config.quantization,) if config.quantization else ()
-    weights = choose(plugins, "weights", checkpoint, quantization, build_reason=_claims(checkpoint))
+    weights, weight_format = _weight_format(config, plugins, checkpoint)
     kv = choose(plugins, "kv_cache", kv_spec, named)
     windows = list(dict.fromkeys(model.windows))
     assembly = Assembly(
@@ -101,7 +97,7 @@ def assemble(config: EngineConfig, plugins: Plugins, checkpoint: Mapping[str, An
         model,
         dtype,
         _limits(config, model, device),
-        weights.cls.claim(checkpoint),
+        weight_format,
         kv.cls(kv_spec, kv.options),
         tuple(KVGroup(window) for window in windows),
         tuple(windows.index(window) for window in model.windows),
@@ -126,11 +122,30 @@ def _model_class(plugins: Plugins, checkpoint: Mapping[str, Any]) -> type[Decode
     )
 
 
-def _claims(checkpoint: Mapping[str, Any]) -> Any:
-    def reason(provider: LoadedProvider, cls: Any, options: Any) -> str | None:
-        return None if cls.claim(checkpoint) is not None else "the checkpoint's config.json is not of this format"
+def _weight_format(
+    config: EngineConfig, plugins: Plugins, checkpoint: Mapping[str, Any]
+) -> tuple[Selection, WeightFormat]:
+    """The format that claims the checkpoint, or is named and quantizes it. Raises PluginError, CheckpointError."""
+    named = (config.quantization,) if config.quantization else ()
 
-    return reason
+    def make(cls: Any) -> WeightFormat | None:
+        return cls.claim(checkpoint) or (cls.quantize(checkpoint) if named else None)
+
+    def reason(provider: LoadedProvider, cls: Any, options: Any) -> str | None:
+        return None if make(cls) is not None else f"the checkpoint is {_describe_quantization(checkpoint)}"
+
+    selection = choose(plugins, "weights", checkpoint, named, build_reason=reason)
+    weight_format = make(selection.cls)
+    assert weight_format is not None, "it passed its reason"
+    return selection, weight_format
+
+
+def _describe_quantization(checkpoint: Mapping[str, Any]) -> str:
+    quantization = checkpoint.get("quantization_config")
+    if not quantization:
+        return "not quantized, and the format does not quantize while loading"
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    return f"of another format: its quant_method is {method!r}"
 
 
 def _dtype(config: EngineConfig, checkpoint: Mapping[str, Any], device: DeviceInfo) -> torch.dtype:

@@ -12,13 +12,14 @@ import torch
 from octavo.attention.interface import AttentionBackend
 from octavo.batch import BatchShape
 from octavo.checkpoints import open_model
+from octavo.checkpoints.dummy import DummyReader
 from octavo.checkpoints.interface import CheckpointReader
 from octavo.config import EngineConfig
 from octavo.device import DeviceInfo, current_device
 from octavo.distributed.interface import Communicator
 from octavo.engine.executor import Capacity
 from octavo.kv_cache.interface import KVCache
-from octavo.models.builder import ModelBuilder
+from octavo.models.builder import ModelBuilder, NoPlace
 from octavo.models.config import rope_table
 from octavo.models.decoder import Decoder
 from octavo.models.layers import AttentionLayer, Ops
@@ -31,7 +32,7 @@ from octavo.runtime.graphs import Graphs
 from octavo.runtime.memory import Reserve, allocate_cache, attention_bytes, block_bytes, num_cache_blocks
 from octavo.runtime.runner import Runner
 from octavo.runtime.warmup import graph_shapes, measure_reserve, warm_up
-from octavo.weights.loader import WeightLoader
+from octavo.weights.loader import HeaderCheck, WeightLoader
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ def start_worker(config: EngineConfig, plugins: Plugins, tell: Callable[[str], N
         communicator: Communicator = chosen.cls(0, 1, chosen.options)
     with phases.phase("loading weights"):
         before = _allocated(device)
+        _check_headers(assembly, reader, communicator)
         backends = _build_backends(assembly)
         model = _build_model(assembly, backends, reader, communicator)
         eos_token_ids = _eos_token_ids(reader)
@@ -95,6 +97,7 @@ def start_worker(config: EngineConfig, plugins: Plugins, tell: Callable[[str], N
         "dtype": str(assembly.dtype).removeprefix("torch."),
         "device": device.name,
         "backends": [selection.as_dict() for selection in assembly.selections],
+        "layers": [layer.as_dict() for layer in assembly.placement.layers],
         "startup_seconds": phases.seconds,
         "memory": {
             "weights": weight_bytes,
@@ -140,6 +143,17 @@ def _build_backends(assembly: Assembly) -> list[AttentionBackend]:
     return [selection.cls(spec, selection.options, scratch) for selection, spec in assembly.attention]
 
 
+def _check_headers(assembly: Assembly, reader: CheckpointReader, communicator: Communicator) -> None:
+    """Build the model from the headers of the checkpoint's tensors alone. Raises CheckpointError."""
+    if isinstance(reader, DummyReader):
+        return
+    rank, size = communicator.rank, communicator.size
+    loader = HeaderCheck(reader, assembly.dtype, torch.device("meta"), rank, size)
+    nothing: Any = None
+    build = ModelBuilder(loader, assembly.weight_format, nothing, communicator, NoPlace(), lambda index, norms: nothing)
+    assembly.model_class(assembly.model, build)
+
+
 def _build_model(
     assembly: Assembly, backends: list[AttentionBackend], reader: CheckpointReader, communicator: Communicator
 ) -> Decoder:
@@ -173,7 +187,7 @@ def _build_model(
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", leave=False, disable=hidden) as bar:
         rank, size = communicator.rank, communicator.size
         loader = WeightLoader(reader, assembly.dtype, device, rank, size, lambda n: bar.update(n))
-        build = ModelBuilder(loader, assembly.weight_format, ops, communicator, assembly.matmul, attention_layer)
+        build = ModelBuilder(loader, assembly.weight_format, ops, communicator, assembly.placement, attention_layer)
         return assembly.model_class(model, build)
 
 

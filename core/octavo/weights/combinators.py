@@ -20,10 +20,15 @@ def by_tokens(
     """A matmul that gives up to `threshold` tokens to `small` and more to `large`, each with its own options.
 
     `threshold` is a number, or a function of the packed weight for one that depends on the shape. `small` packs for
-    both. Built as any matmul, `Matmul(options)`; its own options are not looked at. Raises ValueError for two that
-    differ in the weights they handle, their layout or their input.
+    both. Built as any matmul, `Matmul(options)`; its own options are not looked at. It handles what both handle. Raises
+    ValueError for two that differ in their layout or input, or that handle no weight in common.
     """
-    for member in ("handles", "layout", "input"):
+    handles = tuple(one for one in small.handles if one in large.handles)
+    if not handles:
+        raise ValueError(
+            f"by_tokens joins matmuls of one weight, but {small.__name__} and {large.__name__} share none."
+        )
+    for member in ("layout", "input"):
         one, other = getattr(small, member), getattr(large, member)
         if one != other:
             raise ValueError(
@@ -33,7 +38,7 @@ def by_tokens(
     members = {
         "parts": ((small, small_options), (large, large_options)),
         "threshold": staticmethod(threshold if callable(threshold) else lambda packed: threshold),
-        "handles": small.handles,
+        "handles": handles,
         "layout": small.layout,
         "input": small.input,
         "features": small.features & large.features,
@@ -46,7 +51,7 @@ class _ByTokens:
 
     parts: ClassVar[tuple[tuple[Any, Any], tuple[Any, Any]]]
     threshold: ClassVar[Callable[[Any], int]]
-    handles: type
+    handles: tuple[type, ...]
     layout: str
     input: ActivationSpec
     features: frozenset[str]

@@ -3,7 +3,7 @@
 Between them stand the canonical weights, so that formats and kernels do not multiply.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -27,15 +27,17 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamSpec:
-    """A stored tensor of a layer: `suffix` follows the module name.
+    """A stored tensor of a layer: `suffix` follows the module name, or one of `aliases` does.
 
-    `input_axis` / `output_axis` are the axes that follow the input / output features (None: the tensor does not), with
-    `per_input` / `per_output` features in each stored element. `optional` tensors may be absent.
+    `dtypes` are those that it may have, none given: any floating one of 16 bits or more. The shape () stands for any
+    shape with one element. `input_axis` / `output_axis` are the axes that follow the input / output features (None: the
+    tensor does not), with `per_input` / `per_output` features in each stored element. `optional` tensors may be absent.
     """
 
     suffix: str
     shape: tuple[int, ...]
-    dtype: torch.dtype | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
+    aliases: tuple[str, ...] = ()
     input_axis: int | None = None
     output_axis: int | None = None
     per_input: int = 1
@@ -43,24 +45,23 @@ class ParamSpec:
     optional: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Dense:
-    """Canonical weight: `weight` [out, in] in a floating dtype."""
-
-    weight: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out features, in features)."""
-        return (self.weight.shape[0], self.weight.shape[1])
-
-
 class Weight(Protocol):
-    """A canonical weight, or a type that a format brings together with its own matmul."""
+    """A canonical weight (octavo.weights.canonical), or a type that a format brings together with its own matmul."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out features, in features)."""
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        """What a matmul must declare to serve it, by name; absent or false means off."""
+
+    def dequantize(self) -> torch.Tensor:
+        """The dense weight [out, in] in float32: oracle, and fallback anywhere."""
+
+    @classmethod
+    def join(cls, weights: Sequence[Self]) -> Self | None:
+        """Layers of one input, their outputs one after the other; None where that would not be exact."""
 
 
 class WeightFormat(Protocol):
@@ -68,19 +69,32 @@ class WeightFormat(Protocol):
 
     @classmethod
     def claim(cls, config: Mapping[str, Any]) -> Self | None:
-        """The format for a checkpoint with this config.json, or None if it is another format's."""
+        """The format for a checkpoint with this config.json, or None if it is another format's.
+
+        Raises CheckpointError for a checkpoint of this format that it cannot read (bits, versions).
+        """
+
+    @classmethod
+    def quantize(cls, config: Mapping[str, Any]) -> Self | None:
+        """The format that quantizes an unquantized checkpoint as it is loaded, None where it cannot.
+
+        Asked only when the configuration names it.
+        """
 
     def skips(self, module: str) -> bool:
-        """Whether the checkpoint leaves this module unquantized."""
+        """Whether the checkpoint leaves this module unquantized; one stored as dense is so without being asked."""
 
     def params(self, shape: LinearShape) -> list[ParamSpec]:
-        """The tensors that the checkpoint holds for the layer, its bias aside."""
+        """The tensors that the checkpoint holds for the layer, its bias aside.
 
-    def weight(self, params: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Weight:
-        """The canonical weight of the (sharded) tensors, by suffix; dense ones in `dtype`."""
+        Raises CheckpointError for a layer that the format cannot hold, such as one whose groups do not divide.
+        """
 
-    def dequantize(self, params: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The dense weight [out, in] in float32: oracle, and fallback anywhere."""
+    def weight(self, shape: LinearShape, params: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Weight:
+        """The canonical weight of the tensors, by suffix; dense ones in `dtype`.
+
+        With several ranks, shape and tensors are this rank's part. Raises CheckpointError for tensors that contradict.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +113,10 @@ class Activation(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatmulSpec:
-    """What a matmul is asked to serve. `features` maps each feature in use to its value; absent means off."""
+    """What a matmul is asked to serve: weights of the type `weight`. `features` are the weight's (see Weight.features).
+
+    The core rejects a matmul that does not handle the type or lacks a feature.
+    """
 
     weight: type
     in_features: int
@@ -112,7 +129,7 @@ class MatmulSpec:
 class Matmul(Protocol):
     """A kernel for a canonical weight (`--linear-backend`). Built as `Matmul(options)`."""
 
-    handles: type
+    handles: tuple[type, ...]
     layout: str
     input: ActivationSpec
     features: frozenset[str]

@@ -5,7 +5,8 @@ from typing import Any, Self
 
 import torch
 
-from octavo.weights.interface import Dense, LinearShape, ParamSpec
+from octavo.weights.canonical import Dense
+from octavo.weights.interface import LinearShape, ParamSpec
 
 
 class Unquantized:
@@ -16,6 +17,11 @@ class Unquantized:
         """Claims checkpoints whose config names no quantization."""
         return None if config.get("quantization_config") else cls()
 
+    @classmethod
+    def quantize(cls, config: Mapping[str, Any]) -> Self | None:
+        """Quantizes nothing."""
+        return None
+
     def skips(self, module: str) -> bool:
         """Nothing is quantized, so nothing is skipped."""
         return False
@@ -24,10 +30,6 @@ class Unquantized:
         """The weight alone."""
         return [ParamSpec(suffix="weight", shape=(shape.out_features, shape.in_features), output_axis=0, input_axis=1)]
 
-    def weight(self, params: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Dense:
+    def weight(self, shape: LinearShape, params: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Dense:
         """The tensor in `dtype`."""
         return Dense(params["weight"].to(dtype))
-
-    def dequantize(self, params: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The tensor in float32."""
-        return params["weight"].float()

@@ -7,8 +7,9 @@ from importlib.util import find_spec
 
 import torch
 from octavo.device import DeviceInfo
+from octavo.weights.canonical import Dense
 from octavo.weights.combinators import by_tokens
-from octavo.weights.interface import Activation, ActivationSpec, Dense, MatmulSpec
+from octavo.weights.interface import Activation, ActivationSpec, MatmulSpec
 from octavo.weights.torch_matmul import TorchMatmul
 
 from octavo_matmul_triton.tuning import Rule, TensorCore, Vector, rule_for
@@ -36,7 +37,7 @@ class FewTokens:
     that writes a weight must not be the one right before its product; a model's never is.
     """
 
-    handles = Dense
+    handles: tuple[type, ...] = (Dense,)
     layout = "dense"
     input = ActivationSpec()
     features: frozenset[str] = frozenset()

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from octavo.weights.interface import Activation, Dense
+from octavo.weights.canonical import Dense
+from octavo.weights.interface import Activation
 from octavo.weights.torch_matmul import TorchMatmul
 
 from octavo_matmul_triton.candidates import SHAPES, TOKENS, candidates

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from octavo.weights.interface import Activation, Dense
+from octavo.weights.canonical import Dense
+from octavo.weights.interface import Activation
 from octavo_matmul_triton.candidates import TOKENS, candidates
 from octavo_matmul_triton.matmul import FewTokens, TritonMatmul
 from octavo_matmul_triton.tuning import Rule, TensorCore, Vector

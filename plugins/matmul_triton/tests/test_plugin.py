@@ -8,7 +8,8 @@ from importlib import import_module
 import pytest
 import torch
 from octavo.device import DeviceInfo
-from octavo.weights.interface import Dense, MatmulSpec
+from octavo.weights.canonical import Dense
+from octavo.weights.interface import MatmulSpec
 from octavo.weights.torch_matmul import TorchMatmul
 from octavo_matmul_triton import plugin
 from octavo_matmul_triton.candidates import SHAPES, TOKENS, candidates
@@ -28,7 +29,7 @@ def test_the_provider_names_the_class() -> None:
     (provider,) = plugin.octavo_matmuls()
     module, name = str(provider.factory).split(":")
     assert provider.name == "triton" and getattr(import_module(module), name) is TritonMatmul
-    assert (TritonMatmul.handles, TritonMatmul.layout) == (Dense, TorchMatmul.layout)
+    assert (TritonMatmul.handles, TritonMatmul.layout) == ((Dense,), TorchMatmul.layout)
 
 
 def test_the_hook_imports_nothing_heavy() -> None:

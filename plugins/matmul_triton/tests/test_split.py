@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from octavo.weights.interface import Activation, Dense
+from octavo.weights.canonical import Dense
+from octavo.weights.interface import Activation
 from octavo_matmul_triton.matmul import FewTokens
 from octavo_matmul_triton.tuning import TensorCore
 

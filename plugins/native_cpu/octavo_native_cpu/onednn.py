@@ -5,7 +5,8 @@ the product. A weight in oneDNN's blocked layout is read once.
 """
 
 import torch
-from octavo.weights.interface import Activation, ActivationSpec, Dense, MatmulSpec
+from octavo.weights.canonical import Dense
+from octavo.weights.interface import Activation, ActivationSpec, MatmulSpec
 
 _TYPICAL_TOKENS = 1  # the layout is chosen for decoding, and measured no worse for prefill
 
@@ -19,7 +20,7 @@ def _supported() -> bool:
 class OneDNNMatmul:
     """Dense bfloat16 weights on a CPU."""
 
-    handles = Dense
+    handles: tuple[type, ...] = (Dense,)
     layout = "onednn"
     input = ActivationSpec()
     features: frozenset[str] = frozenset()

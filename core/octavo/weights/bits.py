@@ -1,0 +1,34 @@
+"""Codes of a few bits in words: a little-endian bit stream along the last axis, low bits first."""
+
+import torch
+
+
+def packed_width(num_codes: int, bits: int) -> int:
+    """32-bit words that `num_codes` codes take."""
+    return -(-num_codes * bits // 32)
+
+
+def unpack_bits(words: torch.Tensor, bits: int, num_codes: int) -> torch.Tensor:
+    """The first codes of each row: int32 words [..., W] -> uint8 [..., num_codes]; code i is bits i b to (i + 1) b."""
+    octets = words.contiguous().view(torch.uint8)
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+        codes = octets.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_((1 << bits) - 1)
+    else:  # eight codes lie in `bits` octets
+        octets = torch.nn.functional.pad(octets, (0, -octets.shape[-1] % bits))
+        places = torch.arange(0, 8 * bits, 8, device=words.device)
+        octads = (octets.view(*octets.shape[:-1], -1, bits).long() << places).sum(-1)
+        shifts = torch.arange(0, 8 * bits, bits, device=words.device)
+        codes = (octads.unsqueeze(-1) >> shifts).bitwise_and_((1 << bits) - 1).to(torch.uint8)
+    return codes.flatten(-2)[..., :num_codes]
+
+
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse: integers [..., n] below 2^b -> int32 words [..., ceil(n b / 32)]; the rest of the last is 0."""
+    width = packed_width(codes.shape[-1], bits)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 32))
+    places = torch.arange(0, 8 * bits, bits, device=codes.device)
+    octads = (codes.reshape(*codes.shape[:-1], -1, 8).long() << places).sum(-1)
+    octets = (octads.unsqueeze(-1) >> torch.arange(0, 8 * bits, 8, device=codes.device)).bitwise_and_(255)
+    words: torch.Tensor = octets.to(torch.uint8).flatten(-2).view(torch.int32)
+    return words[..., :width].contiguous()
