@@ -107,6 +107,11 @@ def test_length_beyond_the_models(llama: Reference) -> None:
     assert "256" in message
 
 
+def test_a_cache_larger_than_the_memory(directory: Path) -> None:
+    message = refusal(ConfigError, directory, num_gpu_blocks_override=1 << 44)
+    assert f"A KV cache of {(1 << 44) + 1} blocks takes" in message and "num_gpu_blocks_override" in message
+
+
 @pytest.mark.parametrize("options", [{"num_gpu_blocks_override": 11}, {"kv_cache_memory_bytes": 99_000}])
 def test_cache_that_holds_no_request(llama: Reference, options: dict[str, int]) -> None:
     """A block is 2 layers of 2 x 2 heads x 16 tokens x 16 x 4 bytes: 8 KiB. The null block takes one."""

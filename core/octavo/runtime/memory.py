@@ -24,11 +24,18 @@ class Reserve:
 
 
 def allocate_cache(assembly: Assembly, num_blocks: int) -> tuple[KVCache, ...]:
-    """Each layer's cache. Layers of different groups share bytes: a block is one group's."""
+    """Each layer's cache. Layers of different groups share bytes: a block is one group's. Raises ConfigError."""
     groups = assembly.layer_groups
     places = [groups[:index].count(group) for index, group in enumerate(groups)]
     size, device = (num_blocks, assembly.cache_format.page_bytes()), assembly.device.torch_device
-    raw = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(max(places) + 1)]
+    try:
+        raw = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(max(places) + 1)]
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one; a CPU's allocator has none of its own
+        raise ConfigError(
+            f"A KV cache of {num_blocks} blocks takes {num_blocks * block_bytes(assembly) / 2**30:.1f} GiB, which "
+            f"{assembly.device.name} has not left. Lower kv_cache_memory_bytes or num_gpu_blocks_override, or leave "
+            "both out, so that the cache gets what fits."
+        ) from error
     return tuple(assembly.cache_format.view(raw[place]) for place in places)
 
 
