@@ -15,6 +15,8 @@ METHODS = ("compressed-tensors", "compressed_tensors")
 WHAT = "The compressed-tensors checkpoint"
 PACKED_BITS = range(2, 9)
 DENSE_WORDS_SINCE = (0, 18)
+ORDERED = ("group", "dynamic", True)
+"""Spellings of actorder with a g_idx; "weight" and "static" leave groups in order."""
 
 Group = tuple[tuple[str, ...], "Packed | Scaled | None"]
 
@@ -36,12 +38,13 @@ def read_groups(quantization: Mapping[str, Any]) -> tuple[Group, ...]:
     return tuple(_read_group(name, group, quantization) for name, group in groups.items())
 
 
-def read_names(value: object, where: str) -> tuple[str, ...]:
-    """A list of targets. Raises CheckpointError."""
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise CheckpointError(f"{where} is {value!r}, but must be a list of names.")
-    check_targets(value, where)
-    return tuple(value)
+def read_names(parent: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """The targets under a key. Raises CheckpointError."""
+    names = parent.get(key)
+    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+        raise CheckpointError(f"{where} has {key} {names!r}, but must have a list of names there.")
+    check_targets(names, f"{where} has {key}")
+    return tuple(names)
 
 
 def _refuse_more_than_quantization(quantization: Mapping[str, Any]) -> None:
@@ -71,7 +74,7 @@ def _read_group(name: str, group: Any, quantization: Mapping[str, Any]) -> Group
     where = f"{WHAT}'s config group {name!r}"
     if not isinstance(group, Mapping):
         raise CheckpointError(f"{where} is {group!r}, but must be an object.")
-    targets = read_names(group.get("targets"), f"targets of {where[0].lower()}{where[1:]}")
+    targets = read_names(group, "targets", where)
     weights, layout = _object(group, "weights", where), group.get("format") or quantization.get("format")
     if not weights or layout == "dense":
         return targets, None
@@ -93,7 +96,7 @@ def _packed(where: str, weights: Mapping[str, Any], version: object) -> Packed:
         raise CheckpointError(
             f"{where} packs weights with scales by {strategy}, but read are those by group or channel."
         )
-    ordered = weights.get("actorder") in ("group", True)
+    ordered = weights.get("actorder") in ORDERED
     if ordered and strategy == "channel":
         raise CheckpointError(f"{where} has an actorder by group, but scales by channel.")
     group_size = _group_size(where, weights) if strategy == "group" else None
@@ -110,7 +113,7 @@ def _scaled(where: str, weights: Mapping[str, Any], layout: str, inputs: Mapping
         )
     if not weights.get("symmetric", True):
         raise CheckpointError(f"{where} has asymmetric {layout} weights, but read are symmetric ones.")
-    if weights.get("actorder") in ("group", True):
+    if weights.get("actorder") in ORDERED:
         raise CheckpointError(
             f"{where} has {layout} weights in an actorder by group, which pack-quantized ones may have."
         )

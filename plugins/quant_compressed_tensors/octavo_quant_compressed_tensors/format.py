@@ -28,7 +28,7 @@ class CompressedTensors:
         quantization = find_quantization(config)
         if quantization is None:
             return None
-        ignored = read_names(quantization.get("ignore") or [], f"{WHAT}'s ignore")
+        ignored = read_names(quantization, "ignore", WHAT) if quantization.get("ignore") else ()
         return cls(read_groups(quantization), ignored)
 
     @classmethod

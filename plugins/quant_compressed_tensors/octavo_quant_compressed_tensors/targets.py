@@ -17,7 +17,7 @@ def check_targets(targets: Sequence[str], where: str) -> None:
             try:
                 re.compile(target.removeprefix(REGEX))
             except re.error as error:
-                raise CheckpointError(f"{where} has {target!r}, which is no regular expression: {error}.") from error
+                raise CheckpointError(f"{where} {target!r}, which is no regular expression: {error}.") from error
 
 
 def rank(module: str, targets: Sequence[str]) -> int | None:
