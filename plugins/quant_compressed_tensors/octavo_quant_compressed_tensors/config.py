@@ -118,7 +118,7 @@ def _scaled(where: str, weights: Mapping[str, Any], layout: str, inputs: Mapping
             f"{where} has {layout} weights in an actorder by group, which pack-quantized ones may have."
         )
     codes = torch.int8 if kind == "int" else torch.float8_e4m3fn
-    # An asymmetric scale of inputs says nothing to those who quantize them symmetrically.
+    # Kernels quantize inputs symmetrically, by one static scale: any other is of no use to them.
     static = bool(inputs) and not inputs.get("dynamic") and inputs.get("symmetric", True)
     return Scaled(codes, _block(where, weights, strategy), static and _strategy(inputs) == "tensor")
 

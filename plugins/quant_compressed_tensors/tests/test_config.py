@@ -120,9 +120,10 @@ def test_schemes(weights: dict[str, Any], layout: str, wanted: object) -> None:
         (STATIC, True),
         ({**STATIC, "dynamic": True, "strategy": "token"}, False),
         ({**STATIC, "symmetric": False}, False),
+        ({**STATIC, "strategy": "channel"}, False),
     ],
 )
-def test_static_scales_of_inputs_are_kept_where_they_are_symmetric(inputs: object, static: bool) -> None:
+def test_static_scales_of_inputs_are_kept_where_they_are_one_and_symmetric(inputs: object, static: bool) -> None:
     found = claim(group(FP8, input_activations=inputs), layout="float-quantized")
     suffixes = [spec.suffix for spec in found.params(SHAPE)]
     assert suffixes == ["weight", "weight_scale", *(["input_scale"] if static else [])]
