@@ -11,7 +11,7 @@ from octavo.attention.interface import AttentionSpec
 from octavo.config import EngineConfig
 from octavo.device import DeviceInfo
 from octavo.engine.block_manager import KVGroup
-from octavo.errors import CheckpointError, ConfigError, PluginError
+from octavo.errors import CheckpointError, ConfigError, PluginError, UnservedError
 from octavo.kv_cache.interface import KVCacheFormat, KVSpec
 from octavo.models.config import DecoderConfig
 from octavo.models.decoder import Decoder
@@ -21,6 +21,7 @@ from octavo.plugins.registry import LoadedProvider, Plugins
 from octavo.plugins.selection import BuildReason, Selection, choose
 from octavo.runtime.placement import Placement
 from octavo.weights.interface import MatmulSpec, WeightFormat
+from octavo.weights.unquantized import quantization_of
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -127,21 +128,31 @@ def _weight_format(
 ) -> tuple[Selection, WeightFormat]:
     """The format that claims the checkpoint, or is named and quantizes it. Raises PluginError, CheckpointError."""
     named = (config.quantization,) if config.quantization else ()
+    refusals: list[CheckpointError] = []
 
     def make(cls: Any) -> WeightFormat | None:
-        return cls.claim(checkpoint) or (cls.quantize(checkpoint) if named else None)
+        try:
+            return cls.claim(checkpoint) or (cls.quantize(checkpoint) if named else None)
+        except CheckpointError as error:
+            refusals.append(error)
+            raise
 
     def reason(provider: LoadedProvider, cls: Any, options: Any) -> str | None:
         return None if make(cls) is not None else f"the checkpoint is {_describe_quantization(checkpoint)}"
 
-    selection = choose(plugins, "weights", checkpoint, named, build_reason=reason)
+    try:
+        selection = choose(plugins, "weights", checkpoint, named, build_reason=reason)
+    except UnservedError:
+        if refusals:  # the checkpoint is that format's, so what the others say of it is beside the point
+            raise refusals[0] from None
+        raise
     weight_format = make(selection.cls)
     assert weight_format is not None, "it passed its reason"
     return selection, weight_format
 
 
 def _describe_quantization(checkpoint: Mapping[str, Any]) -> str:
-    quantization = checkpoint.get("quantization_config")
+    quantization = quantization_of(checkpoint)
     if not quantization:
         return "not quantized, and the format does not quantize while loading"
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization

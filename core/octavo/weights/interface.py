@@ -31,7 +31,8 @@ class ParamSpec:
 
     `dtypes` are those that it may have, none given: any floating one of 16 bits or more. The shape () stands for any
     shape with one element. `input_axis` / `output_axis` are the axes that follow the input / output features (None: the
-    tensor does not), with `per_input` / `per_output` features in each stored element. `optional` tensors may be absent.
+    tensor does not), with `per_input` / `per_output` features in each stored element, or in the fewest that can be
+    parted from the rest. `optional` tensors may be absent.
     """
 
     suffix: str
@@ -75,14 +76,14 @@ class WeightFormat(Protocol):
         """
 
     @classmethod
-    def quantize(cls, config: Mapping[str, Any]) -> Self | None:
+    def quantize(cls, config: Mapping[str, Any]) -> "WeightFormat | None":
         """The format that quantizes an unquantized checkpoint as it is loaded, None where it cannot.
 
         Asked only when the configuration names it.
         """
 
     def skips(self, module: str) -> bool:
-        """Whether the checkpoint leaves this module unquantized; one stored as dense is so without being asked."""
+        """Whether the checkpoint leaves this module unquantized; where its header tells, that is believed instead."""
 
     def params(self, shape: LinearShape) -> list[ParamSpec]:
         """The tensors that the checkpoint holds for the layer, its bias aside.

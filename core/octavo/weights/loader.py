@@ -43,9 +43,9 @@ class WeightLoader:
 
     def holds_dense(self, weight_format: WeightFormat, shape: LinearShape) -> bool:
         """Whether the layer is left unquantized: the format skips it, or its weight is dense and not for the format."""
-        if weight_format.skips(shape.name):
-            return True
         info = self.tensors.get(f"{shape.name}.weight")
+        if weight_format.skips(shape.name):
+            return info is None or _is_dense(info.dtype)
         if info is None or not _is_dense(info.dtype):
             return False
         return not any(spec.suffix == "weight" and not spec.dtypes for spec in weight_format.params(shape))
@@ -62,17 +62,18 @@ class WeightLoader:
         spec = ParamSpec(suffix="", shape=(size,), output_axis=0)
         tensor = self._read(name, spec)
         if shard:
-            tensor = self._shard(name, tensor, spec, "output")
+            tensor = self._shard(name, tensor, spec, "output", size)
         return tensor.to(device=self.device, dtype=self.dtype, copy=True)
 
     def _read_params(self, weight_format: WeightFormat, shape: LinearShape, split: str) -> dict[str, torch.Tensor]:
         """The layer's tensors by suffix, this rank's part of each, on the device that they were read to."""
         params: dict[str, torch.Tensor] = {}
+        features = shape.out_features if split == "output" else shape.in_features
         for spec in weight_format.params(shape):
             names = [f"{shape.name}.{suffix}" for suffix in (spec.suffix, *spec.aliases)]
             name = next((one for one in names if one in self.tensors), names[0])
             if not spec.optional or name in self.tensors:
-                params[spec.suffix] = self._shard(name, self._read(name, spec), spec, split)
+                params[spec.suffix] = self._shard(name, self._read(name, spec), spec, split, features)
         return params
 
     def _read(self, name: str, spec: ParamSpec) -> torch.Tensor:
@@ -107,11 +108,18 @@ class WeightLoader:
             return replace(shape, out_features=shape.out_features // self.size)
         return replace(shape, in_features=shape.in_features // self.size)
 
-    def _shard(self, name: str, tensor: torch.Tensor, spec: ParamSpec, split: str) -> torch.Tensor:
-        axis = spec.output_axis if split == "output" else spec.input_axis
+    def _shard(self, name: str, tensor: torch.Tensor, spec: ParamSpec, split: str, features: int) -> torch.Tensor:
+        """This rank's part of a tensor that goes with so many features. Raises CheckpointError."""
+        is_output = split == "output"
+        axis, per = (spec.output_axis, spec.per_output) if is_output else (spec.input_axis, spec.per_input)
         if self.size == 1 or axis is None:
             return tensor
         length = tensor.shape[axis]
+        if features // self.size % per:
+            raise CheckpointError(
+                f"Tensor {name!r} goes with {features} features in steps of {per}, which {self.size} ranks cannot "
+                "share evenly."
+            )
         if length % self.size:
             raise CheckpointError(
                 f"Tensor {name!r} has {length} elements along axis {axis}, which {self.size} ranks cannot share evenly."

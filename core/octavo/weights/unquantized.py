@@ -9,13 +9,18 @@ from octavo.weights.canonical import Dense
 from octavo.weights.interface import LinearShape, ParamSpec
 
 
+def quantization_of(config: Mapping[str, Any]) -> Any:
+    """What config.json says of a quantization, under its present key or its old one; None or empty: nothing."""
+    return config.get("quantization_config") or config.get("compression_config")
+
+
 class Unquantized:
     """`weight` [out, in] in any floating dtype."""
 
     @classmethod
     def claim(cls, config: Mapping[str, Any]) -> Self | None:
         """Claims checkpoints whose config names no quantization."""
-        return None if config.get("quantization_config") else cls()
+        return None if quantization_of(config) else cls()
 
     @classmethod
     def quantize(cls, config: Mapping[str, Any]) -> Self | None:

@@ -1,0 +1,1 @@
+"""Checkpoints in the compressed-tensors formats, as llm-compressor writes them."""

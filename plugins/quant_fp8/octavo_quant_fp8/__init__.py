@@ -1,0 +1,1 @@
+"""FP8 checkpoints, and dense ones quantized to FP8 while they are loaded."""
