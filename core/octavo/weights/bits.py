@@ -28,9 +28,7 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     width = packed_width(codes.shape[-1], bits)
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 32))
     octads = torch.zeros(*codes.shape[:-1], codes.shape[-1] // 8, dtype=torch.int64, device=codes.device)
-    for place, code in enumerate(
-        codes.reshape(*octads.shape, 8).unbind(-1)
-    ):  # one by one: int64 takes eight times more
+    for place, code in enumerate(codes.reshape(*octads.shape, 8).unbind(-1)):  # at once they would take 8 bytes each
         octads |= code.long() << (bits * place)
     octets = [(octads >> (8 * place)).bitwise_and_(255).to(torch.uint8) for place in range(bits)]
     words: torch.Tensor = torch.stack(octets, -1).flatten(-2).view(torch.int32)

@@ -18,8 +18,7 @@ FORMATS = ("gptq", "gptq_v2")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How layers are quantized: codes of `bits` bits, `group_size` inputs (-1: all) with one scale, `desc_act` where
-    g_idx may put them in any order."""
+    """Codes of `bits` bits, a scale for `group_size` inputs (-1: all); with `desc_act` g_idx picks them anywhere."""
 
     bits: int
     group_size: int
@@ -27,9 +26,9 @@ class Settings:
 
 
 class GPTQ:
-    """One checkpoint's settings, and `rules`: of the first pattern that a module's name begins with; None: not quantized.
+    """One checkpoint's settings, and `rules`, others (None: not quantized) for modules that match a pattern.
 
-    `sym` is not among them, since the zero points themselves tell.
+    Of a module's rules the first counts. `sym` is not read, since the zero points themselves tell.
     """
 
     def __init__(
