@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octavo.checkpoints.safetensors_reader import read_json
+from octavo.checkpoints.safetensors_reader import read_config, read_json
 from octavo.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class DummyReader:
             raise CheckpointError(f"--load-format dummy needs a directory with config.json, but {path} is none.")
         self.path = path
         self.seed = seed
-        self.config = read_json(path / "config.json", required=True)
+        self.config = read_config(path)
         self.generation_config = read_json(path / "generation_config.json")
         self._infos: dict[str, TensorInfo] = {}
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+QUANTIZATION = ("quantize_config.json", "quant_config.json")
+"""Where tools described a quantization before config.json had a place for it."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 T = TypeVar("T")
 
@@ -50,12 +52,21 @@ def read_json(path: Path, required: bool = False) -> dict[str, Any]:
     return content
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a directory, with a quantization that only a file beside it describes. Raises CheckpointError."""
+    config = read_json(path / "config.json", required=True)
+    if not config.get("quantization_config"):
+        beside = next((content for name in QUANTIZATION if (content := read_json(path / name))), None)
+        config |= {"quantization_config": beside} if beside else {}
+    return config
+
+
 class SafetensorsReader:
     """An HF directory. Files are found and config.json is read at once, tensors are mapped when asked for."""
 
     def __init__(self, path: Path, options: object = None) -> None:
         self.path = path
-        self.config = read_json(path / "config.json", required=True)
+        self.config = read_config(path)
         self.generation_config = read_json(path / "generation_config.json")
         self._shards = _find_shards(path)
         self._places: dict[str, _Place] | None = None

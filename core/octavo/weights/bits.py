@@ -27,8 +27,9 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse: integers [..., n] below 2^b -> int32 words [..., ceil(n b / 32)]; the rest of the last is 0."""
     width = packed_width(codes.shape[-1], bits)
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 32))
-    places = torch.arange(0, 8 * bits, bits, device=codes.device)
-    octads = (codes.reshape(*codes.shape[:-1], -1, 8).long() << places).sum(-1)
-    octets = (octads.unsqueeze(-1) >> torch.arange(0, 8 * bits, 8, device=codes.device)).bitwise_and_(255)
-    words: torch.Tensor = octets.to(torch.uint8).flatten(-2).view(torch.int32)
+    octads = torch.zeros(*codes.shape[:-1], codes.shape[-1] // 8, dtype=torch.int64, device=codes.device)
+    for place, code in enumerate(codes.reshape(*octads.shape, 8).unbind(-1)):  # at once they would take 8 bytes each
+        octads |= code.long() << (bits * place)
+    octets = [(octads >> (8 * place)).bitwise_and_(255).to(torch.uint8) for place in range(bits)]
+    words: torch.Tensor = torch.stack(octets, -1).flatten(-2).view(torch.int32)
     return words[..., :width].contiguous()

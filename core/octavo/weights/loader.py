@@ -48,7 +48,7 @@ class WeightLoader:
             return info is None or _is_dense(info.dtype)
         if info is None or not _is_dense(info.dtype):
             return False
-        return not any(spec.suffix == "weight" and not spec.dtypes for spec in weight_format.params(shape))
+        return not _stores_dense(weight_format, shape)
 
     def load(self, weight_format: WeightFormat, shape: LinearShape, split: str) -> Loaded:
         """The weight of a layer split along its "output" or "input" features. Raises CheckpointError."""
@@ -144,6 +144,14 @@ class HeaderCheck(WeightLoader):
     def _read(self, name: str, spec: ParamSpec) -> torch.Tensor:
         info = self._check(name, spec)
         return torch.empty(() if spec.shape == () else info.shape, dtype=info.dtype, device="meta")
+
+
+def _stores_dense(weight_format: WeightFormat, shape: LinearShape) -> bool:
+    """Whether the format's own tensor is a dense one; not for a layer that it cannot hold, which was left as it is."""
+    try:
+        return any(spec.suffix == "weight" and not spec.dtypes for spec in weight_format.params(shape))
+    except CheckpointError:
+        return False
 
 
 def _is_dense(dtype: torch.dtype) -> bool:
