@@ -91,7 +91,7 @@ class GroupedInt:
         """What belongs to the groups [out, groups], for each input [out, in]."""
         if self.group_of is not None:
             return values.index_select(1, self.group_of)
-        return values.repeat_interleave(self.group_size, 1)[:, : self.in_features]
+        return _repeat(values, 1, self.group_size)[:, : self.in_features]
 
     @classmethod
     def join(cls, weights: Sequence[Self]) -> Self | None:
@@ -148,8 +148,8 @@ class _Scaled:
         values = self.codes.float()
         if self.granularity != "block":
             return values.mul_(self.scales)
-        spread = self.scales.repeat_interleave(rows, 0)[:out_features]
-        return values.mul_(spread.repeat_interleave(columns, 1)[:, :in_features])
+        spread = _repeat(_repeat(self.scales, 0, rows)[:out_features], 1, columns)
+        return values.mul_(spread[:, :in_features])
 
     @classmethod
     def join(cls, weights: Sequence[Self]) -> Self | None:
@@ -195,6 +195,13 @@ def tensor_bytes(value: object) -> int:
     if hasattr(value, "__dataclass_fields__"):
         return sum(tensor_bytes(getattr(value, item.name)) for item in fields(cast(Any, value)))
     return 0
+
+
+def _repeat(values: torch.Tensor, axis: int, times: int) -> torch.Tensor:
+    """Each element `times` times in a row along an axis of [a, b]; repeat_interleave might wait for a GPU."""
+    spread = list(values.shape)
+    spread.insert(axis + 1, times)
+    return values.unsqueeze(axis + 1).expand(spread).flatten(axis, axis + 1)
 
 
 def _cat(weights: Sequence[GroupedInt], name: str) -> torch.Tensor | None:
