@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from octavo.errors import CheckpointError
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+MAX_JSON_BYTES = 64 << 20
+"""Of a configuration or an index; those of the largest models have a few MB."""
 T = TypeVar("T")
 
 DTYPES = {
@@ -42,12 +45,24 @@ def read_json(path: Path, required: bool = False) -> dict[str, Any]:
     if not required and not path.exists():
         return {}
     try:
+        _check_file(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}. Fetch the model again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, but must hold a JSON object.")
     return content
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what could be read without end. Raises CheckpointError, or OSError for a path that leads nowhere."""
+    status = path.stat()
+    if not S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is no file: put the model's own there.")
+    if status.st_size > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{path} has {status.st_size} bytes, but at most {MAX_JSON_BYTES} are read. Fetch the model again."
+        )
 
 
 class SafetensorsReader:
