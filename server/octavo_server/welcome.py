@@ -20,6 +20,7 @@ def welcome(
     """The text; `guarded` is whether requests need a key, `seconds` what the start took."""
     lines = [
         *selection_lines(info.backends),
+        *layer_lines(info.layers),
         *memory_lines(info),
         f"{info.model} ({info.dtype}, {info.device}), context {info.max_model_len} tokens, "
         f"KV cache {info.num_blocks * info.block_size} tokens.",
@@ -47,6 +48,27 @@ def _selection(one: dict[str, Any]) -> list[str]:
         f"{chosen} [{one['plugin']}, {one['distribution']} {one['version']}]",
         *(f"    not {other['name']} [{other['plugin']}]: {other['reason']}" for other in others),
     ]
+
+
+def layer_lines(layers: Sequence[dict[str, Any]]) -> list[str]:
+    """How many linear layers have which weight and matmul, their bytes, and why they were dequantized if they were."""
+    groups: dict[tuple[str, str, str | None], list[dict[str, Any]]] = {}
+    for one in layers:
+        groups.setdefault((one["weight"], one["matmul"], one["fallback"]), []).append(one)
+    lines = [f"{_num_layers(layers)} linear layers:"] if layers else []
+    for (weight, matmul, fallback), members in groups.items():
+        stored, resident = (sum(one[name] for one in members) for name in ("stored_bytes", "resident_bytes"))
+        sizes = f"{_mib(stored)} stored, {_mib(resident)} in memory"
+        served = matmul if fallback is None else f"dequantized at load, {matmul}"
+        lines.append(f"    {_num_layers(members)} x {weight} -> {served} ({sizes})")
+        if fallback is not None:
+            lines.append(f"        because: {fallback}")
+    return lines
+
+
+def _num_layers(entries: Sequence[dict[str, Any]]) -> int:
+    """Layers of the checkpoint; those that are computed together are one entry."""
+    return sum(len(one["layers"]) for one in entries)
 
 
 def memory_lines(info: EngineInfo) -> list[str]:

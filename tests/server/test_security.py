@@ -18,7 +18,7 @@ from octavo.text.tokenizer import Tokenizer
 from octavo_server import security, serve
 from octavo_server.security import ALWAYS_OPEN, DOCS, read_keys
 from octavo_server.settings import ServerSettings
-from octavo_server.welcome import memory_lines, welcome
+from octavo_server.welcome import layer_lines, memory_lines, welcome
 from servers import live_server
 
 TLS = Path(__file__).parents[1] / "data" / "tls"
@@ -307,6 +307,33 @@ def test_welcome_tells_what_was_selected_and_the_memory_and_ends_with_a_request(
     start, _, body = lines[-1].partition(" -d '")
     assert start == f"curl http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json'"
     assert json.loads(body.removesuffix("'"))["temperature"] == 0
+
+
+def test_layers_are_summed_up_by_weight_matmul_and_fallback() -> None:
+    def entry(layers: list[str], weight: str, matmul: str, fallback: str | None = None) -> dict[str, Any]:
+        sizes = {"stored_bytes": 1 << 20, "resident_bytes": 2 << 20}
+        return {"layers": layers, "weight": weight, "matmul": matmul, "fallback": fallback, **sizes}
+
+    layers = [
+        entry(["q", "k", "v"], "4-bit integers", "torch_int4"),
+        entry(["down"], "4-bit integers", "torch", "no kernel fits."),
+        entry(["o"], "4-bit integers", "torch_int4"),
+        entry(["lm_head"], "dense bfloat16", "torch"),
+    ]
+    expected = [
+        "6 linear layers:",
+        "    4 x 4-bit integers -> torch_int4 (2.0 MiB stored, 4.0 MiB in memory)",
+        "    1 x 4-bit integers -> dequantized at load, torch (1.0 MiB stored, 2.0 MiB in memory)",
+        "        because: no kernel fits.",
+        "    1 x dense bfloat16 -> torch (1.0 MiB stored, 2.0 MiB in memory)",
+    ]
+    assert layer_lines(layers) == expected
+    assert layer_lines([]) == []
+    info = fake_engine.info()
+    info.layers = layers
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        text = welcome(info, listener, ServerSettings(), 1.0, guarded=False)
+    assert "\n".join(expected) in text
 
 
 def test_memory_is_told_as_planned_and_as_measured() -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -198,3 +198,18 @@ def test_a_selection_is_readable_by_machines_and_people(monkeypatch: pytest.Monk
     first, *rest = selection.for_human().splitlines()
     assert first.startswith("attention backend: good_attention (splits=8, ")
     assert f"    not simple [core]: {UNNAMED}" in rest
+
+
+def test_a_provider_that_is_not_automatic_serves_only_when_named() -> None:
+    source = builtin_source()
+    shy = Provider(name="shy", factory=Plain, summary="shy", priority=9, automatic=False)
+    usual = Provider(name="usual", factory=Never, summary="usual")
+    loaded = [LoadedProvider.of("attention", one, source) for one in (shy, usual)]
+    plugins = Plugins.of([source], [], loaded, load_plugins(entry_points=[]).manager)
+    with pytest.raises(PluginError, match=r"usual: it needs a GPU\. Others serve only when named: shy\."):
+        choose(plugins, "attention", Spec())
+    assert choose(plugins, "attention", Spec(), ("shy",)).chosen.name == "shy"
+    plugins = Plugins.of([source], [], [loaded[0], replace(loaded[1], factory=Plain)], plugins.manager)
+    selection = choose(plugins, "attention", Spec())
+    assert selection.chosen.name == "usual"
+    assert [one.reason for one in selection.candidates if one.name == "shy"] == [UNNAMED]

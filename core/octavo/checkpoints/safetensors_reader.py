@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from octavo.errors import CheckpointError
@@ -19,6 +20,8 @@ SINGLE = "model.safetensors"
 QUANTIZATION = ("quantize_config.json", "quant_config.json")
 """Where tools described a quantization before config.json had a place for it."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+MAX_JSON_BYTES = 64 << 20
+"""Of a configuration or an index; those of the largest models have a few MB."""
 T = TypeVar("T")
 
 DTYPES = {
@@ -44,6 +47,7 @@ def read_json(path: Path, required: bool = False) -> dict[str, Any]:
     if not required and not path.exists():
         return {}
     try:
+        _check_file(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}. Fetch the model again.") from error
@@ -59,6 +63,17 @@ def read_config(path: Path) -> dict[str, Any]:
         beside = next((content for name in QUANTIZATION if (content := read_json(path / name))), None)
         config |= {"quantization_config": beside} if beside else {}
     return config
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what could be read without end. Raises CheckpointError, or OSError for a path that leads nowhere."""
+    status = path.stat()
+    if not S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is no file: put the model's own there.")
+    if status.st_size > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{path} has {status.st_size} bytes, but at most {MAX_JSON_BYTES} are read. Fetch the model again."
+        )
 
 
 class SafetensorsReader:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from octavo.models.config import DecoderConfig, read_decoder_config
+from octavo.models.config import DecoderConfig, num_layers, read_decoder_config
 from octavo.models.decoder import Decoder
 
 
@@ -15,5 +15,5 @@ class MistralForCausalLM(Decoder):
     @classmethod
     def read_config(cls, config: Mapping[str, Any]) -> DecoderConfig:
         """The model's shape."""
-        windows = (config.get("sliding_window"),) * config["num_hidden_layers"]
+        windows = (config.get("sliding_window"),) * num_layers(config)
         return read_decoder_config(config, windows=windows, attention_bias=False, output_bias=False)

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from octavo.models.config import DecoderConfig, read_decoder_config
+from octavo.models.config import DecoderConfig, num_layers, read_decoder_config
 from octavo.models.decoder import Decoder
 
 
 def layer_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Windows by `layer_types`, or of the layers from `max_window_layers` on where `use_sliding_window` is set."""
-    layers = config["num_hidden_layers"]
+    layers = num_layers(config)
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     kinds = config.get("layer_types")
     if kinds:

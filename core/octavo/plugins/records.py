@@ -16,9 +16,9 @@ class Provider:
     """A plugin's named offer.
 
     `factory` is a class, or "package.module:Class" imported only when the provider is considered. `priority` orders
-    automatic choice, highest first. `api` is the interface version that the factory was written for. `options` is a
-    dataclass type, filled from flags such as `--attention-backend triton:splits=8` and handed to the factory and its
-    `why_not`.
+    automatic choice, highest first; one that is not `automatic` serves only where the configuration names it. `api` is
+    the interface version that the factory was written for. `options` is a dataclass type, filled from flags such as
+    `--attention-backend triton:splits=8` and handed to the factory and its `why_not`.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Provider:
     priority: int = 0
     api: int = 1
     options: type | None = None
+    automatic: bool = True
 
 
 class Command(Protocol):

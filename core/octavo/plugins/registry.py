@@ -91,6 +91,11 @@ class LoadedProvider(Provider):
         """Whether it comes with Octavo itself."""
         return self.source.builtin
 
+    @property
+    def unasked(self) -> bool:
+        """Whether it may serve without being named."""
+        return self.builtin and self.automatic
+
     def __str__(self) -> str:
         return f"{KINDS[self.kind].title} {self.name!r} of {self.source}"
 

@@ -111,7 +111,7 @@ def _requested(plugins: Plugins, kind: str, requested: Sequence[str]) -> list[_E
 def _automatic(plugins: Plugins, kind: str) -> list[_Entry]:
     entries = []
     for loaded in plugins.providers(kind):
-        if loaded.builtin:
+        if loaded.unasked:
             entry = _Entry(loaded)
             try:
                 entry.cls, entry.options = loaded.load(), make_options(loaded, {})
@@ -156,7 +156,7 @@ def _nobody(plugins: Plugins, kind: str, requested: Sequence[str], reasons: list
     if requested:
         return f"{_asked(kind, requested)}, but none can serve: {'; '.join(reasons)}."
     if reasons:
-        others = [loaded.name for loaded in plugins.providers(kind) if not loaded.builtin]
+        others = [loaded.name for loaded in plugins.providers(kind) if not loaded.unasked]
         hint = f" Others serve only when named: {', '.join(others)}." if others else ""
         return f"No built-in {title} can serve: {'; '.join(reasons)}.{hint}"
     failed = "; ".join(map(str, plugins.failures))

@@ -111,7 +111,8 @@ def assemble(config: EngineConfig, plugins: Plugins, checkpoint: Mapping[str, An
 
 
 def _model_class(plugins: Plugins, checkpoint: Mapping[str, Any]) -> type[Decoder]:
-    names = checkpoint.get("architectures") or []
+    given = checkpoint.get("architectures") or []
+    names = [str(name) for name in given] if isinstance(given, list) else [str(given)]
     for name in names:
         for provider in plugins.providers("model"):
             if provider.name == name:

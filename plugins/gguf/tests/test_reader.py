@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from octavo.config import EngineConfig
 from octavo.errors import CheckpointError
+from octavo.start import start_engine
 from octavo_gguf.reader import GGUFReader
 
 Write = Callable[..., Path]
@@ -214,6 +216,24 @@ def test_rows_that_no_heads_divide_are_refused(opened: Open) -> None:
 def test_a_tensor_that_is_not_there_is_named(opened: Open) -> None:
     with pytest.raises(CheckpointError, match=r"has no tensor 'model\.nothing'"):
         opened().read("model.nothing")
+
+
+def test_a_model_without_a_tensor_is_refused_before_any_is_read(
+    opened: Open, tiny_tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding takes seconds a GB: what the last layer lacks is told first."""
+    names: list[str] = []
+    read = GGUFReader.read
+    monkeypatch.setattr(GGUFReader, "read", lambda self, name: names.append(name) or read(self, name))
+
+    def start(reader: GGUFReader) -> None:
+        start_engine(EngineConfig(model=str(reader.path), plugins=(), num_threads=1, progress=False))
+
+    with pytest.raises(CheckpointError, match=r"no tensor 'model\.layers\.1\.mlp\.down_proj\.weight'"):
+        start(opened(tensors={"blk.1.ffn_down.weight": None}))
+    assert names == []
+    start(opened())
+    assert len(names) == len(tiny_tensors) + 1, "the embedding is read again for the head that is tied to it"
 
 
 def test_claims_by_the_first_bytes(tmp_path: Path, opened: Open) -> None:

@@ -31,12 +31,24 @@ def octavo_fused_ops() -> list[Provider]:
 
 @hookimpl
 def octavo_matmuls() -> list[Provider]:
-    """Offer oneDNN's products."""
+    """Offer oneDNN's products, and torch's of codes with few bits."""
     return [
         Provider(
             name="onednn",
             factory="octavo_native_cpu.onednn:OneDNNMatmul",
             summary="dense products on the CPU by oneDNN",
             priority=10,
-        )
+        ),
+        Provider(
+            name="torch_int4",
+            factory="octavo_native_cpu.few_bits:Int4Matmul",
+            summary="4-bit weights on the CPU in a fourth of the memory; slow with many tokens",
+            automatic=False,
+        ),
+        Provider(
+            name="torch_int8",
+            factory="octavo_native_cpu.few_bits:Int8Matmul",
+            summary="8-bit weights on the CPU in half of the memory; slow with many tokens",
+            automatic=False,
+        ),
     ]
