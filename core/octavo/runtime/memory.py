@@ -1,12 +1,14 @@
 """How much memory what takes: the KV cache gets what is left of the device's share."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from octavo.errors import ConfigError
-from octavo.kv_cache.interface import KVCache
+from octavo.kv_cache.interface import KVCache, KVCacheFormat
+from octavo.kv_cache.scales import KVScales
 from octavo.runtime.assembly import Assembly
 
 _CPU_CACHE_BYTES = 4 << 30
@@ -23,13 +25,25 @@ class Reserve:
     graphs: int = 0
 
 
-def allocate_cache(assembly: Assembly, num_blocks: int) -> tuple[KVCache, ...]:
-    """Each layer's cache. Layers of different groups share bytes: a block is one group's."""
-    groups = assembly.layer_groups
+def allocate_cache(assembly: Assembly, num_blocks: int, scales: KVScales | None = None) -> tuple[KVCache, ...]:
+    """Each layer's cache; with scales they count what they clip and write, all in the same tensor."""
+    cache_format, device = assembly.cache_format, assembly.device.torch_device
+    pages = allocate_pages(cache_format, assembly.layer_groups, num_blocks, device)
+    if scales is None:
+        return tuple(cache_format.view(one) for one in pages)
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    pairs = zip(pages, scales.values.to(device), strict=True)
+    return tuple(replace(cache_format.view(one, own), counts=counts) for one, own in pairs)
+
+
+def allocate_pages(
+    cache_format: KVCacheFormat, groups: Sequence[int], num_blocks: int, device: torch.device
+) -> list[torch.Tensor]:
+    """Each layer's pages uint8 [N, page_bytes]. Layers of different groups share bytes: a block is one group's."""
     places = [groups[:index].count(group) for index, group in enumerate(groups)]
-    size, device = (num_blocks, assembly.cache_format.page_bytes()), assembly.device.torch_device
+    size = (num_blocks, cache_format.page_bytes())
     raw = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(max(places) + 1)]
-    return tuple(assembly.cache_format.view(raw[place]) for place in places)
+    return [raw[place] for place in places]
 
 
 def block_bytes(assembly: Assembly) -> int:
