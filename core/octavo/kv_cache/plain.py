@@ -2,7 +2,7 @@
 
 import torch
 
-from octavo.kv_cache.interface import KVCache, KVSpec
+from octavo.kv_cache.interface import CodeRange, KVCache, KVSpec
 from octavo.memo import StepMemo
 
 LAYOUT = "plain"
@@ -12,7 +12,7 @@ class PlainFormat:
     """A page is keys [Hk, block_size, D], then values likewise, so that a head's tokens of a block lie together."""
 
     layout = LAYOUT
-    codes = None
+    codes: CodeRange | None = None
 
     @staticmethod
     def why_not(spec: KVSpec, options: object) -> str | None:

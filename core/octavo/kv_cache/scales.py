@@ -48,7 +48,8 @@ def checkpoint_scales(reader: CheckpointReader, num_layers: int, num_heads: int,
     for kind, part in zip(_SPELLINGS, names, strict=True):
         if None in part:
             raise CheckpointError(
-                f"The checkpoint has KV-cache scales, but none of {prefixes[part.index(None)]} for its {kind}. {_OTHERWISE}"
+                f"The checkpoint has KV-cache scales, but {prefixes[part.index(None)]} has none named "
+                f"{', '.join(_SPELLINGS[kind])}. {_OTHERWISE}"
             )
     pairs = [[_read(reader, str(name), num_heads) for name in pair] for pair in zip(*names, strict=True)]
     values = torch.stack([torch.stack(pair) for pair in pairs]) * (_CHECKPOINT_CODES / codes.largest)
@@ -61,8 +62,8 @@ def _read(reader: CheckpointReader, name: str, num_heads: int) -> torch.Tensor:
     if not tensor.is_floating_point() or tensor.numel() not in (1, num_heads):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"Tensor {name!r} is {dtype} of shape {list(tensor.shape)}, but a KV-cache scale is a floating-point number, "
-            f"or one for each of the {num_heads} KV heads. {_OTHERWISE}"
+            f"Tensor {name!r} is {dtype} of shape {list(tensor.shape)}, but KV-cache scales are floating-point: "
+            f"one for all or one for each of the {num_heads} KV heads. {_OTHERWISE}"
         )
     scales = tensor.reshape(-1).float().expand(num_heads)
     if not _are_scales(scales):

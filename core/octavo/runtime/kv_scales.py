@@ -1,4 +1,4 @@
-"""Where the scales of a KV cache come from: the checkpoint, a file, a calibration kept or yet to be made, or the wish."""
+"""Where a KV cache's scales come from: the checkpoint, a file, a calibration, kept or yet to be made, or the wish."""
 
 import hashlib
 import logging
@@ -40,8 +40,8 @@ class Calibration:
         if not largest.isfinite().all():
             layer = int((~largest.isfinite()).nonzero()[0, 0])
             raise CheckpointError(
-                f"The KV cache cannot be calibrated: keys or values of layer {layer} are not finite on an ordinary text. "
-                "Check the checkpoint, try --dtype float32, or name a file of scales with --kv-scales."
+                f"The KV cache cannot be calibrated: keys or values of layer {layer} are not finite on an ordinary "
+                "text. Check the checkpoint, try --dtype float32, or name a file of scales with --kv-scales."
             )
         values = self.codes.scales(largest)
         try:
@@ -73,7 +73,7 @@ def find_scales(assembly: Assembly, reader: CheckpointReader, path: Path) -> KVS
         file = Path(wish).expanduser()
         return KVScales(read_scales(file, cache_format.layout, *shape), f"file {file}")
     found = checkpoint_scales(reader, *shape, codes) if wish == "auto" else None
-    kept = _kept_path(assembly, path)
+    kept = _kept_path(assembly, path, codes)
     if found is None and wish == "auto" and kept.exists():
         try:
             return KVScales(read_scales(kept, cache_format.layout, *shape), f"calibrated before, from {kept}")
@@ -82,13 +82,13 @@ def find_scales(assembly: Assembly, reader: CheckpointReader, path: Path) -> KVS
     return found or Calibration(_prompts(assembly, reader), kept, cache_format.layout, codes)
 
 
-def _kept_path(assembly: Assembly, path: Path) -> Path:
+def _kept_path(assembly: Assembly, path: Path, codes: CodeRange) -> Path:
     """The file for a model's scales: its name changes with the model's files, the format and how weights are made."""
     config, path = assembly.config, path.resolve()
     parts = [path] if path.is_file() else sorted(one for pattern in _IDENTITY for one in path.glob(pattern))
     stats = [(part.name, part.stat().st_size, part.stat().st_mtime_ns) for part in parts]
     made = (config.load_format, config.seed, config.quantization, config.tokenizer, str(assembly.dtype))
-    identity = (str(path), stats, assembly.cache_format.layout, made, TEXT.read_text(encoding="utf-8"))
+    identity = (str(path), stats, assembly.cache_format.layout, codes, made, TEXT.read_text(encoding="utf-8"))
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     return cache_root(config.download_dir) / "kv_scales" / f"{path.name}-{digest}.json"
 

@@ -106,7 +106,7 @@ class Int8(EightBits):
 
     layout = "int8"
     dtype = torch.int8
-    codes = CodeRange(127.0, 1.25)
+    codes = CodeRange(127.0, 1.5)
 
     def _encode(self, scaled: torch.Tensor) -> torch.Tensor:
         return scaled.round_().to(torch.int8)
