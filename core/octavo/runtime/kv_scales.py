@@ -15,7 +15,7 @@ from octavo.config import EngineConfig
 from octavo.errors import CheckpointError, ConfigError
 from octavo.kv_cache.interface import CodeRange
 from octavo.kv_cache.scales import KVScales, checkpoint_scales, read_scales, write_scales
-from octavo.runtime.assembly import Assembly
+from octavo.runtime.assembly import Assembly, Limits
 from octavo.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 TEXT = files("octavo.kv_cache") / "calibration.txt"
 _BETWEEN_PROMPTS = "\n---\n"
 _RANDOM_PROMPTS, _RANDOM_TOKENS = 4, 256
+_LONGEST_PROMPT = 512  # tokens
 _IDENTITY = ("*.safetensors", "*.json")  # files of a model's directory that say whether it is still the same
 
 
@@ -88,18 +89,22 @@ def _kept_path(assembly: Assembly, path: Path, codes: CodeRange) -> Path:
     parts = [path] if path.is_file() else sorted(one for pattern in _IDENTITY for one in path.glob(pattern))
     stats = [(part.name, part.stat().st_size, part.stat().st_mtime_ns) for part in parts]
     made = (config.load_format, config.seed, config.quantization, config.tokenizer, str(assembly.dtype))
-    identity = (str(path), stats, assembly.cache_format.layout, codes, made, TEXT.read_text(encoding="utf-8"))
+    text = (TEXT.read_text(encoding="utf-8"), _longest_prompt(assembly.limits))
+    identity = (str(path), stats, assembly.cache_format.layout, codes, made, text)
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     return cache_root(config.download_dir) / "kv_scales" / f"{path.name}-{digest}.json"
 
 
+def _longest_prompt(limits: Limits) -> int:
+    return min(limits.max_model_len, limits.max_tokens, _LONGEST_PROMPT)
+
+
 def _prompts(assembly: Assembly, reader: CheckpointReader) -> list[list[int]]:
-    """The shipped text's parts in the model's tokens, or random tokens where it has no tokenizer; none is too long."""
-    limits, vocab_size = assembly.limits, assembly.model.vocab_size
-    longest = min(limits.max_model_len, limits.max_tokens)
-    prompts = _text_prompts(assembly.config, reader) or _random_prompts(vocab_size)
-    known = ([token for token in prompt if token < vocab_size] for prompt in prompts)
-    return [prompt[at : at + longest] for prompt in known for at in range(0, len(prompt), longest)]
+    """The shipped text's parts in the model's tokens, or random tokens where it has none; none is too long."""
+    longest, vocab_size = _longest_prompt(assembly.limits), assembly.model.vocab_size
+    texts = ([token for token in one if token < vocab_size] for one in _text_prompts(assembly.config, reader))
+    prompts = [one for one in texts if one] or _random_prompts(vocab_size)
+    return [prompt[at : at + longest] for prompt in prompts for at in range(0, len(prompt), longest)]
 
 
 def _text_prompts(config: EngineConfig, reader: CheckpointReader) -> Sequence[list[int]]:
