@@ -15,6 +15,7 @@ class EngineInfo:
     """Facts of a started engine.
 
     `layers` has for each linear layer its weight, its matmul, its bytes, and why it was dequantized if it was.
+    `kv_scales` says where the KV cache's scales come from, empty where it has none.
     `memory` maps what takes memory to its planned bytes, `memory_measured` to what it took; `startup_seconds` maps each
     phase of the start to its time.
     """
@@ -26,6 +27,7 @@ class EngineInfo:
     num_blocks: int = 0
     block_size: int = 0
     kv_bytes_per_token: float = 0.0
+    kv_scales: str = ""
     dtype: str = ""
     device: str = ""
     backends: list[dict[str, Any]] = field(default_factory=list)

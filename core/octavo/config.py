@@ -67,6 +67,10 @@ class EngineConfig:
 
     quantization: str | None = documented("weight format; default: read from the checkpoint", short="-q")
     kv_cache_dtype: str = documented("KV-cache format; auto: the model's dtype", "auto")
+    kv_scales: str = documented(
+        "scales of a KV cache in 8 bits: auto (the checkpoint's, else calibrated once), calibrate, unit, or a file",
+        "auto",
+    )
     attention_backend: tuple[str, ...] = documented("attention backends in order of preference", ())
     prefill_attention_backend: tuple[str, ...] = documented("attention backends for prefill", ())
     decode_attention_backend: tuple[str, ...] = documented("attention backends for decode", ())

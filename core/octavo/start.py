@@ -75,7 +75,7 @@ def explain(config: EngineConfig, plugins: Plugins, device: "DeviceInfo") -> lis
     from octavo.weights.canonical import Dense
 
     executor = choose(plugins, "executor", config.tensor_parallel_size, config.distributed_executor_backend)
-    _, reader = open_model(config, plugins)
+    reader = open_model(config, plugins).reader
     try:
         assembly = assemble(config, plugins, reader.config, device)
     finally:

@@ -186,6 +186,8 @@ class _Instruments:
         text = "Slots of the KV cache's partly filled blocks that hold no token, in bytes"
         self._wasted = self._make(Gauge, "octavo:kv_cache_wasted_bytes", text)
         self._held = self._make(Gauge, "octavo:kv_cache_used_bytes", "KV cache that requests hold, in bytes")
+        text = "Share of the values written to a KV cache in 8 bits that were beyond its codes' range, from 0 to 1"
+        self._clipped = self._make(Gauge, "octavo:kv_cache_clipped_ratio", text)
         self._ends = self._by("vllm:request_success", "Choices that ended, by how they did", "finished_reason")
         for reason in ("stop", "length", "abort", "error"):
             self.count_end(reason, 0)
@@ -216,6 +218,7 @@ class _Instruments:
         self._gauges["kv_cache_usage_perc"].set(stats.kv_usage)
         size = self._info.kv_bytes_per_token
         self._held.set(stats.kv_slots * size)
+        self._clipped.set(stats.num_kv_clipped / max(1, stats.num_kv_written))
         self._wasted.set((stats.kv_slots - stats.kv_tokens) * size)
 
     def _make(self, kind: Any, name: str, text: str, **options: Any) -> Any:

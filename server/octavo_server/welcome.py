@@ -24,6 +24,7 @@ def welcome(
         *memory_lines(info),
         f"{info.model} ({info.dtype}, {info.device}), context {info.max_model_len} tokens, "
         f"KV cache {info.num_blocks * info.block_size} tokens.",
+        *([f"KV cache scales: {info.kv_scales}."] if info.kv_scales else []),
         *_warnings(listener, settings, guarded),
         f"Ready after {seconds:.1f} s at {_shown_address(listener, settings)}. Try it:",
         "",

@@ -1,7 +1,7 @@
 """Checkpoints: from what the user calls a model to its config, tensors and tokenizer."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from octavo.checkpoints.default_model import NAME
 from octavo.checkpoints.dummy import DummyReader
@@ -13,15 +13,23 @@ from octavo.plugins.loading import load_plugins
 from octavo.plugins.registry import Plugins
 from octavo.text.tokenizer import Tokenizer
 
-__all__ = ["load_tokenizer", "open_model"]
+__all__ = ["OpenedModel", "load_tokenizer", "open_model"]
 
 
-def open_model(config: EngineConfig, plugins: Plugins) -> tuple[str, CheckpointReader]:
-    """The name of the configured model and its checkpoint, opened. Raises CheckpointError."""
-    path = _resolve(config, plugins)
+class OpenedModel(NamedTuple):
+    """What the user calls the model, where it lies, and its checkpoint."""
+
+    name: str
+    path: Path
+    reader: CheckpointReader
+
+
+def open_model(config: EngineConfig, plugins: Plugins) -> OpenedModel:
+    """The configured model, opened. Raises CheckpointError."""
+    path, name = _resolve(config, plugins), config.model or NAME
     if config.load_format == "dummy":
-        return config.model or NAME, DummyReader(path, seed=config.seed)
-    return config.model or NAME, open_checkpoint(path, _readers(plugins))
+        return OpenedModel(name, path, DummyReader(path, seed=config.seed))
+    return OpenedModel(name, path, open_checkpoint(path, _readers(plugins)))
 
 
 def load_tokenizer(config: EngineConfig) -> tuple[Path, Tokenizer, dict[str, Any]]:

@@ -47,6 +47,8 @@ class Counters:
     num_generated_tokens: int = 0
     num_steps: int = 0
     num_copies: int = 0
+    num_kv_clipped: int = 0
+    num_kv_written: int = 0
 
 
 @dataclass(slots=True)
@@ -283,6 +285,8 @@ class Scheduler:
                 self._take_prompt(prompt)
             for token in output.tokens:
                 self._take(token)
+            if output.kv_counts is not None:
+                self.counters.num_kv_clipped, self.counters.num_kv_written = output.kv_counts
         events, self._events = self._events, []
         return events
 

@@ -137,12 +137,17 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step gave. `error` fails every request of the step."""
+    """What a step gave. `error` fails every request of the step.
+
+    `kv_counts` are the values that a KV cache in codes has clipped and all that it has written since it was made; not
+    every step brings them.
+    """
 
     step_id: int
     tokens: list[SampledToken] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     error: str | None = None
+    kv_counts: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -181,3 +186,5 @@ class EngineStats:
     num_generated_tokens: int = 0
     num_steps: int = 0
     num_copies: int = 0
+    num_kv_clipped: int = 0
+    num_kv_written: int = 0

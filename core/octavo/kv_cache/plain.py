@@ -2,7 +2,7 @@
 
 import torch
 
-from octavo.kv_cache.interface import KVCache, KVSpec
+from octavo.kv_cache.interface import CodeRange, KVCache, KVSpec
 from octavo.memo import StepMemo
 
 LAYOUT = "plain"
@@ -12,6 +12,7 @@ class PlainFormat:
     """A page is keys [Hk, block_size, D], then values likewise, so that a head's tokens of a block lie together."""
 
     layout = LAYOUT
+    codes: CodeRange | None = None
 
     @staticmethod
     def why_not(spec: KVSpec, options: object) -> str | None:
@@ -31,8 +32,8 @@ class PlainFormat:
         spec = self.spec
         return 2 * spec.num_kv_heads * spec.block_size * spec.head_dim * spec.dtype.itemsize
 
-    def view(self, raw: torch.Tensor) -> KVCache:
-        """See raw uint8 [N, page_bytes] as k and v [N, Hk, block_size, D]."""
+    def view(self, raw: torch.Tensor, scales: torch.Tensor | None = None) -> KVCache:
+        """See raw uint8 [N, page_bytes] as k and v [N, Hk, block_size, D]. There are no scales."""
         spec = self.spec
         pages = raw.view(spec.dtype).view(raw.shape[0], 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
         return KVCache(raw, pages[:, 0], pages[:, 1])

@@ -1,12 +1,14 @@
 """How much memory what takes: the KV cache gets what is left of the device's share."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from octavo.errors import ConfigError
-from octavo.kv_cache.interface import KVCache
+from octavo.kv_cache.interface import KVCache, KVCacheFormat
+from octavo.kv_cache.scales import KVScales
 from octavo.runtime.assembly import Assembly
 
 _CPU_CACHE_BYTES = 4 << 30
@@ -23,20 +25,32 @@ class Reserve:
     graphs: int = 0
 
 
-def allocate_cache(assembly: Assembly, num_blocks: int) -> tuple[KVCache, ...]:
-    """Each layer's cache. Layers of different groups share bytes: a block is one group's. Raises ConfigError."""
-    groups = assembly.layer_groups
-    places = [groups[:index].count(group) for index, group in enumerate(groups)]
-    size, device = (num_blocks, assembly.cache_format.page_bytes()), assembly.device.torch_device
+def allocate_cache(assembly: Assembly, num_blocks: int, scales: KVScales | None = None) -> tuple[KVCache, ...]:
+    """Each layer's cache; with scales they count what they clip and write, all in one tensor. Raises ConfigError."""
+    cache_format, device = assembly.cache_format, assembly.device.torch_device
     try:
-        raw = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(max(places) + 1)]
+        pages = allocate_pages(cache_format, assembly.layer_groups, num_blocks, device)
     except RuntimeError as error:  # of which torch.OutOfMemoryError is one; a CPU's allocator has none of its own
         raise ConfigError(
             f"A KV cache of {num_blocks} blocks takes {num_blocks * block_bytes(assembly) / 2**30:.1f} GiB, which "
             f"{assembly.device.name} has not left. Lower kv_cache_memory_bytes or num_gpu_blocks_override, or leave "
             "both out, so that the cache gets what fits."
         ) from error
-    return tuple(assembly.cache_format.view(raw[place]) for place in places)
+    if scales is None:
+        return tuple(cache_format.view(one) for one in pages)
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    pairs = zip(pages, scales.values.to(device), strict=True)
+    return tuple(replace(cache_format.view(one, own), counts=counts) for one, own in pairs)
+
+
+def allocate_pages(
+    cache_format: KVCacheFormat, groups: Sequence[int], num_blocks: int, device: torch.device
+) -> list[torch.Tensor]:
+    """Each layer's pages uint8 [N, page_bytes]. Layers of different groups share bytes: a block is one group's."""
+    places = [groups[:index].count(group) for index, group in enumerate(groups)]
+    size = (num_blocks, cache_format.page_bytes())
+    raw = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(max(places) + 1)]
+    return [raw[place] for place in places]
 
 
 def block_bytes(assembly: Assembly) -> int:

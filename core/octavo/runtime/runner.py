@@ -1,7 +1,7 @@
 """The runner: applies a StepInput to the device's state, runs the model, samples."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from octavo.runtime.sampler import Logprobs, Sampled, sample, token_logprobs
 from octavo.runtime.transfer import Arrival, ints_to_device, to_device
 
 LOGITS_AT_ONCE = 128  # rows of prompt logits held at a time
+COUNTED_STEPS = 16  # of these steps of decodes one brings the cache's counts: a copy takes a hundredth of such a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,8 @@ class Runner:
         self.provider_names = provider_names
         self.graphs = graphs
         self.rows: dict[int, Row] = {}
+        self.kv_counts = caches[0].counts if caches else None
+        self._uncounted_steps = 0
 
     @torch.inference_mode()
     def submit(self, step: StepInput) -> Computed:
@@ -157,13 +160,26 @@ class Runner:
         """Sample the step's rows, and leave each one's token on the device as its next input. Raises StepError."""
         with named_failures(self.provider_names, (), computed.batch.shape):
             tokens, prompts = self._sample(computed), self._prompt_logprobs(computed)
+            counts = self._send_counts(computed.batch.shape)
         step_id, shape = computed.step.step_id, computed.batch.shape  # all that is kept: the hidden states are let go
 
         def finish() -> StepOutput:
             with named_failures(self.provider_names, (), shape):
-                return StepOutput(step_id, tokens(), [prompt() for prompt in prompts])
+                output = StepOutput(step_id, tokens(), [prompt() for prompt in prompts])
+                return output if counts is None else replace(output, kv_counts=tuple(counts.tensors()[0].tolist()))
 
         return PendingOutput(finish)
+
+    def _send_counts(self, shape: BatchShape) -> Arrival | None:
+        """The cache's counts on their way to the host, where the cache counts and the step is long or one is due."""
+        if self.kv_counts is None:
+            return None
+        self._uncounted_steps += 1
+        decodes = shape.num_decodes == shape.num_requests
+        if decodes and self.kv_counts.is_cuda and self._uncounted_steps < COUNTED_STEPS:
+            return None
+        self._uncounted_steps = 0
+        return Arrival(self.kv_counts.clone())
 
     def _sample(self, computed: Computed) -> Callable[[], list[SampledToken]]:
         samples = computed.step.samples

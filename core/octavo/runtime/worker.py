@@ -28,7 +28,9 @@ from octavo.plugins.registry import Plugins
 from octavo.plugins.selection import choose
 from octavo.runtime.assembly import Assembly, assemble
 from octavo.runtime.buffers import BatchBuffers
+from octavo.runtime.calibration import largest_values
 from octavo.runtime.graphs import Graphs
+from octavo.runtime.kv_scales import Calibration, find_scales
 from octavo.runtime.memory import Reserve, allocate_cache, attention_bytes, block_bytes, num_cache_blocks
 from octavo.runtime.runner import Runner
 from octavo.runtime.warmup import graph_shapes, measure_reserve, warm_up
@@ -65,30 +67,36 @@ def start_worker(config: EngineConfig, plugins: Plugins, tell: Callable[[str], N
     phases = _Phases(tell)
     device = current_device(config.device)
     with phases.phase("opening the checkpoint"):
-        name, reader = open_model(config, plugins)
+        name, path, reader = open_model(config, plugins)
     with phases.phase("selecting backends"):
         assembly = assemble(config, plugins, reader.config, device)
         chosen = choose(plugins, "communicator", config.tensor_parallel_size, config.communicator)
         assembly.selections.append(chosen)
         communicator: Communicator = chosen.cls(0, 1, chosen.options)
+        scales = find_scales(assembly, reader, path)
     with phases.phase("loading weights"):
         before = _allocated(device)
         _check_headers(assembly, reader, communicator)
         backends = _build_backends(assembly)
-        model = _build_model(assembly, backends, reader, communicator)
+        layers: list[AttentionLayer] = []
+        model = _build_model(assembly, backends, reader, communicator, layers)
         eos_token_ids = _eos_token_ids(reader)
         generation_config = dict(reader.generation_config)
         weight_bytes = _weight_bytes(reader, assembly.dtype)
         measured = {"weights": _allocated(device) - before - attention_bytes(assembly)}
         reader.close()
-    make_runner = partial(_runner, assembly, model, backends, eos_token_ids, _buffers(assembly))
+    buffers = _buffers(assembly)
+    if isinstance(scales, Calibration):
+        with phases.phase("calibrating the KV cache"):
+            scales = scales.finish(largest_values(assembly, model, layers, buffers, scales.prompts))
+    make_runner = partial(_runner, assembly, model, backends, eos_token_ids, buffers)
     reserve = Reserve()
     if device.type == "cuda":
         with phases.phase("measuring a step's memory"):
-            reserve = measure_reserve(make_runner(allocate_cache(assembly, 1)), assembly)
+            reserve = measure_reserve(make_runner(allocate_cache(assembly, 1, scales)), assembly)
     with phases.phase("allocating the KV cache"):
         num_blocks = num_cache_blocks(assembly, reserve)
-        runner = make_runner(allocate_cache(assembly, num_blocks))
+        runner = make_runner(allocate_cache(assembly, num_blocks, scales))
     if device.type == "cuda":
         with phases.phase("compiling and capturing graphs"):
             measured["graphs"] = warm_up(runner, assembly, partial(_shown, config.progress))
@@ -109,6 +117,7 @@ def start_worker(config: EngineConfig, plugins: Plugins, tell: Callable[[str], N
         "memory_measured": measured if device.type == "cuda" else {},  # a CPU does not tell
         "generation_config": generation_config,
         "kv_bytes_per_token": block_bytes(assembly) / config.block_size,
+        "kv_scales": scales.source if scales else "",
     }
     return Worker(runner, _capacity(assembly, num_blocks, eos_token_ids, details))
 
@@ -155,8 +164,13 @@ def _check_headers(assembly: Assembly, reader: CheckpointReader, communicator: C
 
 
 def _build_model(
-    assembly: Assembly, backends: list[AttentionBackend], reader: CheckpointReader, communicator: Communicator
+    assembly: Assembly,
+    backends: list[AttentionBackend],
+    reader: CheckpointReader,
+    communicator: Communicator,
+    layers: list[AttentionLayer],
 ) -> Decoder:
+    """The model with its weights; its attention layers are added to `layers`."""
     from tqdm import tqdm
 
     model, device = assembly.model, assembly.device.torch_device
@@ -168,7 +182,7 @@ def _build_model(
 
     def attention_layer(index: int, norms: tuple[torch.Tensor, torch.Tensor] | None) -> AttentionLayer:
         group = assembly.layer_groups[index]
-        return AttentionLayer(
+        layer = AttentionLayer(
             index,
             group,
             model.num_heads // communicator.size,
@@ -181,6 +195,8 @@ def _build_model(
             norms,
             model.norm_eps,
         )
+        layers.append(layer)
+        return layer
 
     total = sum(info.dtype.itemsize * torch.Size(info.shape).numel() for info in reader.tensors().values())
     hidden = not assembly.config.progress or not total

@@ -90,10 +90,18 @@ class AttentionCase:
         return replace(
             self,
             batch=replace(batch, **tensors),
-            kv=self.spec.cache_format.view(self.kv.raw.to(device, copy=True)),
+            kv=_moved(self.kv, self.spec.cache_format, device),
             q=as_it_lies(self.q, device),
             new=(as_it_lies(self.new[0], device), as_it_lies(self.new[1], device)),
         )
+
+
+def _moved(kv: KVCache, cache_format: KVCacheFormat, device: torch.device | str) -> KVCache:
+    """A copy of the cache on `device`, with its scales."""
+    raw = kv.raw.to(device, copy=True)
+    if kv.k_scale is None or kv.v_scale is None:
+        return cache_format.view(raw)
+    return cache_format.view(raw, torch.stack((kv.k_scale, kv.v_scale)).to(device))
 
 
 _BATCH_TENSORS = ("token_ids", "positions", "query_start", "seq_lens", "row_index", "sample_index")

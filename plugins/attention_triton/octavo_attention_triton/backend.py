@@ -52,7 +52,7 @@ class TritonAttention:
     """Paged attention in Triton. The units and tiles of the last plan are those that `forward` computes."""
 
     features = frozenset({"window", "softcap"})
-    kv_layouts: frozenset[str] | None = frozenset({"plain", "fp8"})
+    kv_layouts: frozenset[str] | None = frozenset({"plain", "fp8", "fp8_e5m2", "int8"})
     graph_support = GraphSupport.MIXED
     deterministic = True
     batch_invariant = False

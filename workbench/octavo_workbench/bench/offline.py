@@ -148,7 +148,7 @@ def _cost(config: EngineConfig, session: Session) -> "ModelCost":
     from octavo_workbench.floor import model_cost
 
     plugins, info = load_plugins(config.plugins, config.disable_plugin, warn=False), session.info
-    _, reader = open_model(config, plugins)
+    reader = open_model(config, plugins).reader
     try:
         checkpoint = reader.config
     finally:

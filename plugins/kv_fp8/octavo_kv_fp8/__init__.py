@@ -1,0 +1,1 @@
+"""KV caches in 8 bits for Octavo."""
