@@ -92,7 +92,7 @@ def test_unknown_architecture(directory: Path, names: list[str] | None, found: s
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_act": "relu"}, "relu"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
-        ({"quantization_config": {"quant_method": "awq"}}, "unquantized"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quant_method is 'hqq'"),
     ],
 )
 def test_config_that_nothing_here_serves(directory: Path, changes: dict[str, Any], found: str) -> None:
