@@ -106,6 +106,8 @@ class FakeEngine:
             num_prompt_tokens_computed=self.num_prompt - self.num_cached,
             num_steps=self.num_steps,
             num_generated_tokens=self.num_generated,
+            num_kv_clipped=self.num_prompt,
+            num_kv_written=4 * self.num_prompt,
         )
 
     def shutdown(self) -> None:
@@ -184,6 +186,7 @@ def info() -> EngineInfo:
         num_blocks=NUM_BLOCKS,
         block_size=BLOCK_SIZE,
         kv_bytes_per_token=100.0,
+        kv_scales="calibrated now",
         dtype="float32",
         device="cpu",
         backends=[backend("attention", "one"), backend("matmul", "two"), backend("matmul", "two")],

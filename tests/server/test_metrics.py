@@ -34,6 +34,7 @@ async def _post(service: Any, **body: object) -> None:
 
 async def test_every_name_is_there_from_the_start(service: Any) -> None:
     text = (await service.client.get("/metrics")).text
+    assert 'octavo:kv_cache_clipped_ratio{engine="0",model_name="fake"} 0.0' in text  # nothing is written yet
     families = {family.name: family for family in text_string_to_metric_families(text)}
     kinds = {
         **dict.fromkeys(GAUGES, "gauge"),
@@ -109,6 +110,7 @@ async def test_counters_of_the_engine_add_up(service: Any) -> None:
     found = await _samples(service)
     assert found["vllm:prefix_cache_queries_total", ()] == 8
     assert found["vllm:prefix_cache_hits_total", ()] == 4
+    assert found["octavo:kv_cache_clipped_ratio", ()] == 0.25
     assert found["vllm:iteration_tokens_total_count", ()] == 6
     assert found["vllm:iteration_tokens_total_sum", ()] == 4 + 6
 
@@ -157,6 +159,7 @@ def test_lengths_have_buckets_up_to_the_context() -> None:
 async def test_backends(service: Any) -> None:
     answer = (await service.client.get("/v1/backends")).json()
     assert (answer["model"], answer["device"], answer["dtype"]) == ("fake", "cpu", "float32")
+    assert answer["kv_scales"] == "calibrated now"
     attention, matmul = answer["data"]
     assert (attention["kind"], attention["name"], attention["uses"]) == ("attention", "one", 1)
     assert attention["candidates"][1] == {

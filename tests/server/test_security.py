@@ -291,6 +291,7 @@ def _welcome(host: str, guarded: bool, **settings: Any) -> tuple[str, int]:
 def test_welcome_tells_what_was_selected_and_the_memory_and_ends_with_a_request() -> None:
     text, port = _welcome("127.0.0.1", guarded=False)
     lines = text.splitlines()
+    assert "KV cache scales: calibrated now." in lines
     chosen = [
         "attention backend: one [fake, fakes 1.0]",
         "    not other [fake]: it is not there",

@@ -37,6 +37,18 @@ def test_logprobs_come_with_their_token() -> None:
     assert rig.scheduler.update(output)[0].logprobs == [logprob]
 
 
+def test_the_caches_counts_are_kept_until_newer_ones_come() -> None:
+    rig = Dictated()
+    rig.add(3)
+    found = []
+    for number, counts in enumerate([(2, 100), None, (2, 250)]):
+        (row,) = rig.go().rows
+        rig.scheduler.update(StepOutput(number, [SampledToken(row.row, row.generation, 50)], kv_counts=counts))
+        stats = rig.scheduler.snapshot()
+        found.append((stats.num_kv_clipped, stats.num_kv_written))
+    assert found == [(2, 100), (2, 100), (2, 250)]
+
+
 def test_eos_ends_a_request_unless_it_is_ignored() -> None:
     rig = Dictated()
     rig.add(3, ignore_eos=False, max_tokens=9)
