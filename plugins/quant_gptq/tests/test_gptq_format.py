@@ -141,12 +141,9 @@ def test_rules() -> None:
     assert gptq.skips("model.layers.0.mlp.down_proj")
     assert not gptq.skips("model.layers.0.mlp.up_proj")
     assert shapes(gptq) == {"qweight": (64, 192), "qzeros": (4, 48), "scales": (4, 192), "g_idx": (256,)}
-    (in_order, in_any_order) = (
-        {
-            spec.suffix: spec.input_axis
-            for spec in gptq.params(LinearShape(f"model.layers.{i}.mlp.gate_proj", 256, 8, False))
-        }
-        for i in (1, 0)
+    in_order, in_any_order = (
+        {spec.suffix: spec.input_axis for spec in gptq.params(LinearShape(name, 256, 8, False))}
+        for name in ("model.layers.1.mlp.gate_proj", "model.layers.0.mlp.gate_proj")
     )
     assert in_order == {"qweight": 0, "qzeros": 0, "scales": 0, "g_idx": None}
     assert in_any_order == {"qweight": 0, "qzeros": None, "scales": None, "g_idx": 0}
@@ -224,7 +221,8 @@ def test_ranks_need_what_tells_them_their_groups() -> None:
     ("bits", "stored", "wanted"),
     [
         (4, 0x77777777, [8] * 8),
-        (4, 0xFFFFFFFF, [0] * 8),  # 15 + 1 carries into the next, and out of the word
+        (4, 0xEEEEEEEF, [0] * 8),  # 0 - 0x11111111
+        (4, 0xFFFFFFFF, [0, 1, 1, 1, 1, 1, 1, 1]),  # 15 + 1 carries into the next, and out of the word
         (4, 0x0000000F, [0, 2, 1, 1, 1, 1, 1, 1]),
         (8, 0x7FFFFFFE, [255, 0, 1, 129]),
     ],
