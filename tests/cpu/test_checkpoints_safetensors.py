@@ -85,6 +85,19 @@ def test_generation_config_is_optional(directory: Path) -> None:
     assert SafetensorsReader(directory).generation_config == {}
 
 
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_a_quantization_is_found_beside_config_json(directory: Path, name: str) -> None:
+    """Only where config.json describes none; an empty file describes none either."""
+    save_file(WEIGHTS, directory / "model.safetensors")
+    (directory / name).write_text("{}")
+    assert SafetensorsReader(directory).config == {"model_type": "llama"}
+    (directory / name).write_text('{"w_bit": 4}')
+    for reader in (SafetensorsReader(directory), DummyReader(directory)):
+        assert reader.config == {"model_type": "llama", "quantization_config": {"w_bit": 4}}
+    (directory / "config.json").write_text('{"quantization_config": {"bits": 8}}')
+    assert SafetensorsReader(directory).config == {"quantization_config": {"bits": 8}}
+
+
 def test_claims_directories_that_look_like_models(tmp_path: Path) -> None:
     assert not SafetensorsReader.claims(tmp_path)
     assert not SafetensorsReader.claims(tmp_path / "missing")

@@ -169,7 +169,7 @@ def _rules(content: Mapping[str, Any]) -> dict[re.Pattern[str], Settings | None]
             pattern = re.compile(text.removeprefix("-:").removeprefix("+:"))
         except re.error as error:
             raise CheckpointError(
-                f"The GPTQ checkpoint's dynamic has {text!r}, no regular expression: {error}."
+                f"The GPTQ checkpoint's dynamic has the pattern {text!r}, which is no regular expression: {error}."
             ) from error
         owner = f"The GPTQ checkpoint's dynamic entry {text!r}"
         own = changes if isinstance(changes, Mapping) else {}
