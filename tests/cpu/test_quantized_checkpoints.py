@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 VARIABLE = "OCTAVO_CHECKPOINTS"
 FOLDER = Path(os.environ.get(VARIABLE, ""))
-TEXT = Path(__file__).parents[1] / "data" / "perplexity.txt"
+TEXT = Path(__file__).parents[1] / "data" / "unseen.txt"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
 PROMPTS = (
     "The capital of France is",
