@@ -9,9 +9,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 READY := .venv/.ready
 
-.PHONY: help serve test check bench test-gpu mutation
+.PHONY: help serve test check bench test-gpu test-interop mutation
 help:
-	@echo "make serve | test | check | bench | test-gpu | mutation    (ARGS=... is passed on; see the top of the Makefile)"
+	@echo "make serve | test | check | bench | test-gpu | test-interop | mutation    (ARGS=... is passed on; see the top of the Makefile)"
 serve: $(READY)
 	@$(BIN)/octavo serve $(ARGS)
 test: $(READY)
@@ -24,6 +24,9 @@ bench: $(READY)
 	@$(BIN)/octavo bench cpu $(ARGS)
 test-gpu: $(READY)
 	@$(BIN)/python -m pytest -m "gpu and not slow" $(ARGS)
+# Layers that AutoAWQ and AutoGPTQ pack, in environments of their own below build/interop.
+test-interop: $(READY)
+	@$(BIN)/python -m pytest -m slow tests/interop -s $(ARGS)
 # Mutants of the scheduler and the block manager; mutmut wants the import root to be called src.
 mutation: $(READY)
 	@rm -rf build/mutation && mkdir -p build/mutation && cp -r core build/mutation/src
