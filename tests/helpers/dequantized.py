@@ -33,7 +33,7 @@ def write_dequantized(source: Path, target: Path) -> None:
     """Write the checkpoint in `source` as a dense one in float32. `target` is made."""
     config = EngineConfig.from_kwargs(model=str(source), dtype="float32", device="cpu", progress=False)
     plugins = load_plugins()
-    _, reader = open_model(config, plugins)
+    reader = open_model(config, plugins).reader
     assembly = assemble(config, plugins, reader.config, current_device("cpu"))
     recorder = _Recorder()
     loader = WeightLoader(reader, torch.float32, torch.device("cpu"))
