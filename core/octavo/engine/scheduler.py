@@ -323,7 +323,8 @@ class Scheduler:
         self.counters.num_generated_tokens += 1
         stop = request.stop_reason(token.token_id, self.eos_token_ids)
         if request.status is Status.RUNNING:
-            self._publish(request)
+            if request.num_known % self.blocks.block_size == 0:
+                self._publish(request)
         elif request.num_in_flight == 0:
             del self._live[token.row, token.generation]
         event = self._tell(request, [token.token_id])
