@@ -144,6 +144,27 @@ def test_padding_of_a_batch_of_decodes_has_a_token_each() -> None:
     assert batch.slots[0].tolist() == [25, -1, -1, -1]
 
 
+def test_a_request_of_one_known_token_is_no_other_than_those_whose_token_the_device_has() -> None:
+    buffers = BatchBuffers(4, 32, 4, BLOCK_SIZE, 1, CPU)
+    rows = {row: Row.start(new_row(row, [*range(50, 60)], [[3, 4]]), 100, frozenset(), CPU) for row in (1, 2)}
+    buffers.set_table(0, 1, 0, [3, 4])
+    buffers.set_table(0, 2, 0, [5, 6])
+    buffers.last_token[:] = torch.tensor([90, 91, 92, 93, 94])
+    step = StepInput(
+        0,
+        rows=[ScheduledRow(2, 0, 10, 1), ScheduledRow(1, 0, 9, 1)],
+        samples=[SampleRow(2, 0, 2, 11), SampleRow(1, 0, 1, 10)],
+    )
+    for shape in (None, BatchShape(4, 4, 1, 4), BatchShape(8, 3, 8, 2)):
+        prepared = buffers.prepare(step, rows, shape)
+        batch, padding = prepared.batch, [0] * ((shape.num_tokens if shape else 2) - 2)
+        assert batch.token_ids.tolist() == [92, 59, *padding]
+        assert batch.positions.tolist() == [10, 9, *padding]
+        assert batch.slots[0].tolist() == [50, 33, *[-1 for _ in padding]]
+        assert batch.sample_index.tolist() == [0, 1]
+        assert prepared.sample_rows.tolist() == [2, 1]
+
+
 def test_batches_of_a_shape_lie_at_the_same_addresses() -> None:
     buffers = BatchBuffers(4, 32, 4, BLOCK_SIZE, 2, CPU)
     shape = BatchShape(8, 3, 8, 2)

@@ -43,6 +43,27 @@ def test_tables_grow_by_whole_blocks() -> None:
     blocks.check()
 
 
+def test_the_short_way_takes_the_places_left_in_the_last_block() -> None:
+    blocks = manager()
+    blocks.admit(1)
+    assert not blocks.extend(1), "there is no block yet"
+    blocks.grow(1, 6)
+    assert [blocks.extend(1) for _ in range(4)] == [True, True, False, False]
+    assert blocks.grow(1, 9) == [TableEdit(0, 2, 3)]
+    assert blocks.extend(1)
+    blocks.check()
+
+
+def test_the_short_way_leaves_blocks_alone_that_others_hold() -> None:
+    blocks = manager()
+    blocks.admit(1)
+    blocks.grow(1, 6)
+    blocks.fork(1, 2)
+    assert not blocks.extend(1) and not blocks.extend(2)
+    blocks.free(2)
+    assert blocks.extend(1)
+
+
 def test_every_group_has_a_table_of_its_own() -> None:
     blocks = manager(20, FULL, KVGroup(100))
     blocks.admit(1)

@@ -39,6 +39,16 @@ def test_trimming_frees_once_and_full_groups_never() -> None:
     blocks.check()
 
 
+def test_the_short_way_ends_where_a_window_leaves_a_block_behind() -> None:
+    blocks = manager(20, FULL, WINDOW)
+    blocks.admit(1)
+    blocks.grow(1, 9)
+    assert not blocks.extend(1)
+    assert blocks.trim(1) == [TableEdit(1, 0, NULL_BLOCK)]
+    assert [blocks.extend(1) for _ in range(4)] == [True, True, True, False]
+    blocks.check()
+
+
 def test_a_window_smaller_than_a_block_keeps_the_block_it_writes_next() -> None:
     blocks = manager(20, KVGroup(1))
     blocks.admit(1)

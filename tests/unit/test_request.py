@@ -41,6 +41,31 @@ def test_a_sync_request_wants_nothing_while_a_token_is_in_flight() -> None:
     assert request.num_wanted == 0
 
 
+@pytest.mark.parametrize(
+    ("num_output", "num_in_flight", "num_computed", "decodes"),
+    [
+        (0, 0, 0, False),
+        (0, 0, 4, False),  # the prompt's last token
+        (0, 1, 5, True),
+        (1, 0, 5, True),
+        (2, 1, 7, True),
+        (2, 1, 6, False),  # two tokens, after a preemption
+        (4, 0, 8, False),
+        (3, 1, 8, False),
+    ],
+)
+def test_a_request_decodes_a_token_that_it_sampled(
+    num_output: int, num_in_flight: int, num_computed: int, decodes: bool
+) -> None:
+    request = request_of()
+    request.output_token_ids = [70] * num_output
+    request.num_in_flight, request.num_computed = num_in_flight, num_computed
+    assert request.decodes == decodes
+    assert not decodes or request.num_wanted == 1
+    request.sync = True
+    assert request.decodes == (decodes and not num_in_flight)
+
+
 def test_hashes_cover_full_blocks_of_prompt_and_output() -> None:
     request = request_of(6)
     request.cache_salt = "salt"

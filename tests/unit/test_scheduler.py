@@ -2,6 +2,7 @@
 
 import pytest
 from engine_helpers import rig_of, shares
+from octavo.engine.block_manager import KVGroup
 from octavo.engine.request import Status
 from octavo.engine.scheduler import Counters
 from octavo.engine.step import NewRow, SampleRow, ScheduledRow, StepInput, TableChange
@@ -44,6 +45,22 @@ def test_tables_grow_with_the_tokens() -> None:
     changes = [rig.step().table_changes for _ in range(5)]
     assert changes == [[TableChange(0, 0, 2, [3])], [], [], [], [TableChange(0, 0, 3, [4])]]
     rig.verify()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("groups", [(KVGroup(),), (KVGroup(), KVGroup(6))])
+def test_the_short_way_of_decodes_gives_the_steps_of_the_long_one(depth: int, groups: tuple[KVGroup, ...]) -> None:
+    def steps(short: bool) -> list[StepInput]:
+        rig = rig_of(prefix_caching=True, num_blocks=24, groups=groups)
+        if not short:
+            rig.blocks.extend = lambda key: False  # type: ignore[method-assign]
+        for number in range(9):
+            rig.add([*range(number % 4, 7 + number)], n=1 + number % 2, max_tokens=9, sync=number % 5 == 4)
+        rig.run(depth)
+        assert rig.scheduler.counters.num_preemptions and rig.scheduler.counters.num_cached_tokens
+        return rig.executor.steps
+
+    assert steps(short=True) == steps(short=False)
 
 
 def test_freed_rows_are_told_by_the_next_step() -> None:

@@ -120,9 +120,6 @@ class BlockManager:
         """
         tables = self._tables[key]
         num_blocks = -(-end // self.block_size)
-        if self._has_room(tables, num_blocks):
-            tables.num_tokens = max(tables.num_tokens, end)
-            return []
         plans = [self._plan(table, tables.num_tokens, num_blocks) for table in tables.blocks]
         if sum(len(plan) for plan in plans) > self.pool.num_free:
             return None
@@ -130,15 +127,21 @@ class BlockManager:
         tables.num_tokens = max(tables.num_tokens, end)
         return edits
 
-    def _has_room(self, tables: _Tables, num_blocks: int) -> bool:
-        """Whether all that is to be written lies in the last block of each table, which is the request's own.
+    def extend(self, key: int) -> bool:
+        """Make room to write one more token where that changes no table; False, with nothing changed, where it would.
 
-        So it is for most requests in most steps: a short way, that `_plan` would find as well.
+        The short way of most requests in most steps, which `trim` and `grow` would find as well: the token's place is
+        in the last block of each table, which is the request's own, and no window leaves a block behind.
         """
-        last = num_blocks - 1
-        if tables.num_tokens < last * self.block_size:
+        tables = self._tables[key]
+        index, refs = tables.num_tokens // self.block_size, self.pool.refs
+        for table in tables.blocks:
+            if len(table) != index + 1 or refs(table[index]) != 1:
+                return False
+        if self._has_windows and self._num_unseen(tables) != tables.num_trimmed:
             return False
-        return all(len(table) == num_blocks and self.pool.refs(table[last]) == 1 for table in tables.blocks)
+        tables.num_tokens += 1
+        return True
 
     def _plan(self, table: list[int], num_tokens: int, num_blocks: int) -> list[int]:
         """Indices that need a block of their own: shared ones about to be written, then those past the table's end."""
@@ -163,14 +166,19 @@ class BlockManager:
         if not self._has_windows:
             return edits
         tables = self._tables[key]
-        for group, table in enumerate(tables.blocks):
-            first = min(self._first_seen(group, tables.num_tokens), len(table))
+        unseen = self._num_unseen(tables)
+        for group, (table, first) in enumerate(zip(tables.blocks, unseen, strict=True)):
             for index in range(tables.num_trimmed[group], first):
                 self.pool.release(table[index])
                 table[index] = NULL_BLOCK
                 edits.append(TableEdit(group, index, NULL_BLOCK))
-            tables.num_trimmed[group] = max(tables.num_trimmed[group], first)
+        tables.num_trimmed = unseen
         return edits
+
+    def _num_unseen(self, tables: _Tables) -> list[int]:
+        """The leading blocks of each table that no later query sees."""
+        position = tables.num_tokens
+        return [min(self._first_seen(group, position), len(table)) for group, table in enumerate(tables.blocks)]
 
     def fork(self, parent: int, child: int) -> None:
         """Let `child` share every block of `parent`, the partly filled last one too."""

@@ -1,13 +1,12 @@
 """Blocks of the KV cache: reference counts, hashes, and an intrusive LRU list of the free ones."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 NULL_BLOCK = 0
 
 
-@dataclass(frozen=True, slots=True)
-class BlockKey:
-    """What a full block holds: the chained hash of all tokens up to its end, for one KV group."""
+class BlockKey(NamedTuple):
+    """What a full block holds: the chained hash of all tokens up to its end, for one KV group. Quick to look up."""
 
     group: int
     hash: bytes

@@ -76,6 +76,14 @@ class Request:
         return len(self.prompt_token_ids) + num_output - self.num_computed
 
     @property
+    def decodes(self) -> bool:
+        """Whether it wants one token now, and that one is a token which it sampled."""
+        num_output = len(self.output_token_ids) + self.num_in_flight
+        if not 0 < num_output < self.max_output_tokens or (self.sync and self.num_in_flight):
+            return False
+        return self.num_computed + 1 == len(self.prompt_token_ids) + num_output
+
+    @property
     def finished(self) -> bool:
         """Whether it has ended, for whatever reason."""
         return self.status is Status.FINISHED

@@ -15,7 +15,8 @@ class StepBuilder:
         self.forks: list[ForkRow] = []
         self.changes: list[TableChange] = []
         self.copies: list[BlockCopy] = []
-        self.rows: list[ScheduledRow] = []
+        self.decodes: list[ScheduledRow] = []
+        self.longer: list[ScheduledRow] = []
         self.samples: list[SampleRow] = []
         self.requests: list[Request] = []
         self.children: list[Request] = []
@@ -23,11 +24,19 @@ class StepBuilder:
 
     def add(self, row: ScheduledRow, request: Request) -> None:
         """The request computes `row` in this step."""
-        self.rows.append(row)
+        (self.longer if row.num_tokens > 1 else self.decodes).append(row)
         self.requests.append(request)
         self.budget -= row.num_tokens
         if row.start < request.num_prompt:
             self.num_prompt_tokens += min(row.num_tokens, request.num_prompt - row.start)
+
+    def decode(self, request: Request) -> None:
+        """The request computes the token that it sampled last, and samples the next."""
+        row, generation, start = request.row, request.generation, request.num_computed
+        self.decodes.append(ScheduledRow(row, generation, start, 1))
+        self.samples.append(SampleRow(row, generation, row, start + 1))
+        self.requests.append(request)
+        self.budget -= 1
 
     def edit(self, row: int, edits: list[TableEdit]) -> None:
         """The row's tables change before the step computes; shared blocks are copied."""
@@ -47,7 +56,7 @@ class StepBuilder:
     def build(self, freed_rows: list[int]) -> StepInput:
         """The finished step."""
         # Rows of one token first, as attention backends expect; the order is kept otherwise.
-        rows = sorted(self.rows, key=lambda row: row.num_tokens > 1)
+        rows = self.decodes + self.longer
         return StepInput(
             self.step_id, freed_rows, self.new_rows, self.forks, self.changes, self.copies, [], rows, self.samples
         )

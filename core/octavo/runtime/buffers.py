@@ -86,14 +86,14 @@ class BatchBuffers:
         self._send_edits()
         lengths = _Lengths.of(step.rows, self.padding_row, shape)
         shape = shape or shape_of(step)
-        tokens, targets = _tokens(step.rows, rows, shape)
-        positions, token_rows = lengths.positions(shape.num_tokens), lengths.token_rows
+        tokens, targets = _tokens(step.rows, rows, lengths, shape.num_tokens)
+        token_rows, positions = lengths.token_rows, lengths.positions(shape.num_tokens)
         slots = [self._slots(table, token_rows, positions) for table in self.tables_host]
         samples = np.array([sample.row for sample in step.samples], dtype=np.int64)
         host: list[Array] = [*slots, targets, tokens, positions, lengths.query_start, lengths.seq_lens, lengths.rows]
         views = self._packet.send([*host, samples, lengths.last_tokens(step)])
         target, token, position, query_start, seq_lens, row_index, sample_rows, sample_index = views[len(slots) :]
-        token.index_put_((target,), self.last_token.index_select(0, row_index))
+        token.index_copy_(0, target, self.last_token.index_select(0, row_index))
         batch = Batch(
             shape,
             token[: shape.num_tokens],
@@ -115,10 +115,13 @@ class BatchBuffers:
 
     def _slots(self, table: Ints, token_rows: Ints, positions: Ints) -> Longs:
         """Where each token's K and V go [T]; -1 for padding."""
-        slots = np.full(len(positions), -1, dtype=np.int64)
-        where = positions[: len(token_rows)]
-        blocks = table[token_rows, where // self.block_size].astype(np.int64)
-        slots[: len(token_rows)] = blocks * self.block_size + where % self.block_size
+        slots = np.empty(len(positions), dtype=np.int64)
+        live = slots[: len(token_rows)]
+        indices, offsets = np.divmod(positions[: len(token_rows)], self.block_size)
+        live[:] = table[token_rows, indices]
+        live *= self.block_size
+        live += offsets
+        slots[len(token_rows) :] = -1
         return slots
 
     def _gather(self, group: int, row_index: torch.Tensor, lengths: "_Lengths") -> torch.Tensor:
@@ -141,6 +144,8 @@ class _Lengths:
     """Each request's row, tokens before the step, and tokens of the step; the first `num_live` are no padding."""
 
     num_live: int
+    one_each: bool
+    """Whether each request that is no padding has one token."""
     rows: Ints
     starts: Ints
     counts: Ints
@@ -152,49 +157,58 @@ class _Lengths:
         """The lengths of a step's rows, padded to `shape`: in a graph of decodes padding has a token each."""
         num_live = len(scheduled)
         size = shape.num_requests if shape else num_live
-        values = np.zeros((3, size), dtype=np.int32)
-        values[:, :num_live] = np.array([(r.row, r.start, r.num_tokens) for r in scheduled]).reshape(-1, 3).T
-        rows, starts, counts = values
-        rows[num_live:] = padding_row
+        padding = [0] * (size - num_live)
+        tokens = [row.num_tokens for row in scheduled]
+        rows = np.array([row.row for row in scheduled] + [padding_row] * len(padding), dtype=np.int32)
+        starts = np.array([row.start for row in scheduled] + padding, dtype=np.int32)
+        counts = np.array(tokens + padding, dtype=np.int32)
         seq_lens = starts + counts
         if shape and shape.num_decodes == size:
             counts[num_live:] = 1
         query_start = np.zeros(size + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start[1:])
-        return cls(num_live, rows, starts, counts, query_start, seq_lens)
+        counts.cumsum(out=query_start[1:])
+        return cls(num_live, tokens.count(1) == num_live, rows, starts, counts, query_start, seq_lens)
 
     @property
     def token_rows(self) -> Ints:
         """The row of each token that is no padding."""
-        return np.repeat(self.rows[: self.num_live], self.counts[: self.num_live])
+        rows = self.rows[: self.num_live]
+        return rows if self.one_each else rows.repeat(self.counts[: self.num_live])
 
     def positions(self, num_tokens: int) -> Ints:
         """Each token's place in its request [num_tokens]; 0 for padding."""
         live = slice(self.num_live)
-        firsts = np.repeat(self.starts[live] - self.query_start[:-1][live], self.counts[live])
         positions = np.zeros(num_tokens, dtype=np.int32)
-        positions[: len(firsts)] = np.arange(len(firsts), dtype=np.int32) + firsts
+        if self.one_each:
+            positions[live] = self.starts[live]
+        else:
+            firsts = (self.starts[live] - self.query_start[live]).repeat(self.counts[live])
+            positions[: len(firsts)] = np.arange(len(firsts), dtype=np.int32) + firsts
         return positions
 
     def last_tokens(self, step: StepInput) -> Ints:
         """The token whose logits each sample takes [S]: the last of its source's part of the batch."""
-        last = dict(zip(self.rows.tolist(), (self.query_start[1:] - 1).tolist(), strict=True))
-        return np.array([last[sample.source] for sample in step.samples], dtype=np.int32)
+        ends = self.query_start[1:] - 1
+        sources = [sample.source for sample in step.samples]
+        if sources == [row.row for row in step.rows]:
+            return ends[: self.num_live]
+        last = dict(zip(self.rows.tolist(), ends.tolist(), strict=True))
+        return np.array([last[source] for source in sources], dtype=np.int32)
 
 
-def _tokens(scheduled: Sequence[ScheduledRow], rows: Mapping[int, Row], shape: BatchShape) -> tuple[Ints, Longs]:
+def _tokens(
+    scheduled: Sequence[ScheduledRow], rows: Mapping[int, Row], lengths: _Lengths, num_tokens: int
+) -> tuple[Ints, Longs]:
     """Known tokens [T + 1], and the place of the token that the device sampled for each request [R]: T for none."""
-    tokens = np.zeros(shape.num_tokens + 1, dtype=np.int32)
-    targets = np.full(shape.num_requests, shape.num_tokens, dtype=np.int64)
-    begin = 0
-    for i, one in enumerate(scheduled):
-        known, end = rows[one.row].token_ids, one.start + one.num_tokens
-        if one.start < len(known):
-            part = known[one.start : end]
-            tokens[begin : begin + len(part)] = part
-        begin += one.num_tokens
-        if end > len(known):
-            targets[i] = begin - 1
+    tokens = np.zeros(num_tokens + 1, dtype=np.int32)
+    targets = np.full(len(lengths.rows), num_tokens, dtype=np.int64)
+    targets[: lengths.num_live] = lengths.query_start[1 : lengths.num_live + 1] - 1
+    for i in [i for i, one in enumerate(scheduled) if one.start < len(rows[one.row].token_ids)]:
+        one, begin = scheduled[i], lengths.query_start[i]
+        part = rows[one.row].token_ids[one.start : one.start + one.num_tokens]
+        tokens[begin : begin + len(part)] = part
+        if len(part) == one.num_tokens:
+            targets[i] = num_tokens
     return tokens, targets
 
 

@@ -46,8 +46,10 @@ class Computed:
         step, shape = self.step, self.graph
         if shape is None or shape.num_decodes < shape.num_requests or len(step.samples) != len(step.rows):
             return False
-        pairs = zip(step.samples, step.rows, strict=True)
-        return all(one.row == one.source == row.row and self.rows[one.row].plain for one, row in pairs)
+        rows = [row.row for row in step.rows]
+        if rows != [one.row for one in step.samples] or rows != [one.source for one in step.samples]:
+            return False
+        return all([self.rows[row].plain for row in rows])
 
     @property
     def batch(self) -> Batch:
@@ -216,8 +218,10 @@ class Runner:
         results: list[Callable[[], PromptLogprobs]] = []
         for scheduled, begin in zip(computed.step.rows, computed.batch.query_start_host, strict=False):
             row = computed.rows[scheduled.row]
+            if row.params.prompt_logprobs is None:
+                continue
             end = min(scheduled.start + scheduled.num_tokens, row.num_prompt - 1)
-            if row.params.prompt_logprobs is not None and end > scheduled.start:
+            if end > scheduled.start:
                 hidden = computed.hidden[begin : begin + end - scheduled.start]
                 parts = self._logprobs_of(hidden, row, scheduled.start + 1, end + 1)
                 results.append(partial(_finish_prompt, scheduled, parts))

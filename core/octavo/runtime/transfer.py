@@ -61,7 +61,7 @@ class Packet:
         self._layouts: dict[tuple[tuple[int, int], ...], _Layout] = {}
 
     def send(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
-        """Copy the arrays (int32 or int64), and return them as views of the buffer."""
+        """Copy the arrays (int32 or int64), and return them as new views of the buffer: StepMemo tells steps apart."""
         parts, target, views = self._layout(tuple((array.nbytes, array.itemsize) for array in arrays))
         host = torch.empty(target.shape, dtype=torch.uint8, pin_memory=self._buffer.is_cuda)
         flat = host.numpy()

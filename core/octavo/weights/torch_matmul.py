@@ -29,6 +29,9 @@ class TorchMatmul:
 
     def __init__(self, options: object = None) -> None:
         del options
+        # cuBLAS may split a product along K and, unless forbidden, adds the parts up in 16 bits.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     def pack(self, weight: Weight) -> Any:
         """A dense weight's tensor, another weight itself."""
