@@ -77,13 +77,21 @@ PINNED: dict[int, dict[tuple[int, int], Rule]] = {
 }
 
 
+# Of narrow weights cuBLAS adds up each output in one go over K, as this kernel does: a token's bits are then the same
+# whether it is computed alone or among others. (The vector kernel's are not, and deep models make that of every bit.)
+_NARROW = 4096
+_IN_ORDER: Rule = dict.fromkeys((1, 2), TensorCore(block_n=64, block_k=128, swap=True))
+
+
 @lru_cache(maxsize=1024)
 def rule_for(major: int, out_features: int, in_features: int, dtype: torch.dtype) -> Rule:
     """The rule for a weight [out, in]: the pinned one (16-bit weights), or one by size."""
     pinned = PINNED.get(major, {}).get((out_features, in_features))
-    if pinned is None or dtype.itemsize != 2:
+    if dtype.itemsize != 2:
         return default_rule(out_features, in_features)
-    return pinned
+    if pinned is None and major >= 9 and in_features < _NARROW:
+        return _IN_ORDER
+    return pinned or default_rule(out_features, in_features)
 
 
 def default_rule(out_features: int, in_features: int) -> Rule:

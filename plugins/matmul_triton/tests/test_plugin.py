@@ -71,7 +71,15 @@ def test_pinned_rules_are_for_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = {1: TensorCore(32, 64)}
     monkeypatch.setitem(PINNED, 99, {(48, 32): pinned})
     assert rule_for(99, 48, 32, torch.bfloat16) == pinned
-    assert rule_for(99, 48, 32, torch.float32) == rule_for(98, 48, 32, torch.bfloat16) == default_rule(48, 32)
+    assert rule_for(99, 48, 4096, torch.float32) == rule_for(98, 48, 4096, torch.bfloat16) == default_rule(48, 4096)
+
+
+def test_narrow_weights_have_the_same_bits_for_any_number_of_tokens() -> None:
+    """One and two tokens go the way of more: through tensor cores, K in one go. (Wide ones are faster otherwise.)"""
+    for dtype in (torch.bfloat16, torch.float16):
+        rule = rule_for(9, 576, 1536, dtype)
+        assert set(rule) == {1, 2} and all(isinstance(one, TensorCore) and one.splits == 1 for one in rule.values())
+    assert all(isinstance(one, Vector) for one in rule_for(9, 576, 1536, torch.float32).values())
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
