@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from octavo.weights.bits import pack_octets
 from octavo.weights.canonical import Dense, GroupedInt, ScaledFloat8, ScaledInt8, tensor_bytes
 
 
@@ -15,7 +16,7 @@ def grouped(
     in_features = 20
     groups = -(-in_features // group_size)
     random: dict[str, Any] = {
-        "zeros": torch.randint(0, 1 << bits, (out_features, groups), dtype=torch.uint8),
+        "zeros": pack_octets(torch.randint(0, 1 << bits, (out_features, groups)), bits),
         "mins": torch.randn(out_features, groups).half(),
         "group_of": torch.randint(0, groups, (in_features,), dtype=torch.int32),
     }
@@ -42,7 +43,7 @@ def naive(weight: GroupedInt) -> torch.Tensor:
             if weight.mins is not None:
                 dense[n, k] = code * scale + weight.mins[n, group].float()
             else:
-                zero = 2 ** (weight.bits - 1) if weight.zeros is None else int(weight.zeros[n, group])
+                zero = int(weight.zero_points()[n, group])
                 dense[n, k] = (code - zero) * scale
     return dense
 
@@ -171,6 +172,6 @@ def test_descriptions(weight: Any, text: str) -> None:
 
 def test_bytes_are_those_of_all_tensors() -> None:
     assert tensor_bytes(grouped()) == 3 * 3 * 4 + 3 * 3 * 2
-    assert tensor_bytes(grouped(zeros=True, group_of=True)) == 3 * 3 * 4 + 3 * 3 * 2 + 9 + 20 * 4
+    assert tensor_bytes(grouped(zeros=True, group_of=True)) == 3 * 3 * 4 + 3 * 3 * 2 + 3 * 2 + 20 * 4
     assert tensor_bytes(scaled(ScaledFloat8, (4, 6), (1, 6), 1.0)) == 24 + 16 + 4
     assert tensor_bytes([Dense(torch.ones(2, 3)), (torch.ones(2).half(), None, 7)]) == 24 + 4

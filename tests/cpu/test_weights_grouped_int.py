@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from octavo.weights.bits import pack_bits
+from octavo.weights.bits import pack_bits, pack_octets
 from octavo.weights.canonical import GroupedInt, tensor_bytes
 
 
@@ -50,7 +50,9 @@ def make(kind: Kind, out_features: int, seed: int, group_of: torch.Tensor | None
         group_size=kind.group_size,
         codes=pack_bits(codes, kind.bits),
         scales=halves(),
-        zeros=integers(1 << kind.bits, out_features, groups).to(torch.uint8) if kind.offset == "zeros" else None,
+        zeros=pack_octets(integers(1 << kind.bits, out_features, groups), kind.bits)
+        if kind.offset == "zeros"
+        else None,
         mins=halves() if kind.offset == "mins" else None,
         group_of=group_of if not kind.ordered else None,
     )
@@ -71,7 +73,10 @@ def element(weight: GroupedInt, n: int, k: int) -> float:
     if weight.mins is not None:
         product = torch.tensor(code * scale, dtype=torch.float32)
         return float(product + weight.mins[n, group].float())
-    zero = 1 << (weight.bits - 1) if weight.zeros is None else int(weight.zeros[n, group])
+    zero = 1 << (weight.bits - 1)
+    if weight.zeros is not None:
+        zeros = sum(octet << (8 * place) for place, octet in enumerate(weight.zeros[n].tolist()))
+        zero = zeros >> (weight.bits * group) & ((1 << weight.bits) - 1)
     return float(torch.tensor((code - zero) * scale, dtype=torch.float32))
 
 

@@ -9,7 +9,9 @@ def packed_width(num_codes: int, bits: int) -> int:
 
 
 def unpack_bits(words: torch.Tensor, bits: int, num_codes: int) -> torch.Tensor:
-    """The first codes of each row: int32 words [..., W] -> uint8 [..., num_codes]; code i is bits i b to (i + 1) b."""
+    """The first codes of each row: words [..., W] -> uint8 [..., num_codes]; code i is bits i b to (i + 1) b.
+
+    Words are int32, or uint8 where the stream ends with an octet."""
     octets = words.contiguous().view(torch.uint8)
     if 8 % bits == 0:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
@@ -33,3 +35,8 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     octets = [(octads >> (8 * place)).bitwise_and_(255).to(torch.uint8) for place in range(bits)]
     words: torch.Tensor = torch.stack(octets, -1).flatten(-2).view(torch.int32)
     return words[..., :width].contiguous()
+
+
+def pack_octets(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """As `pack_bits`, but the stream ends with the last octet that is needed: uint8 [..., ceil(n b / 8)]."""
+    return pack_bits(codes, bits).view(torch.uint8)[..., : -(-codes.shape[-1] * bits // 8)].contiguous()

@@ -47,13 +47,14 @@ class GroupedInt:
     """Integers of `bits` bits with a scale for each group of input features.
 
     W[n, k] = (code - zero) * scale, or code * scale + min, of group k // group_size, or group_of[k]. Without `zeros`
-    and `mins` the zero point is 2^(bits - 1). `codes` are a bit stream along the input (octavo.weights.bits).
+    and `mins` the zero point is 2^(bits - 1). `codes` are a bit stream along the input, `zeros` along the groups
+    (octavo.weights.bits); `zero_points` are the latter, one by one.
 
     | tensor | shape | dtype |
     |---|---|---|
     | codes | [out, ceil(in bits / 32)] | int32 |
     | scales, mins | [out, groups] | floating |
-    | zeros | [out, groups] | uint8 |
+    | zeros | [out, ceil(groups bits / 8)] | uint8 |
     | group_of | [in] | int32 |
     """
 
@@ -81,11 +82,17 @@ class GroupedInt:
         """The weight in float32."""
         values = unpack_bits(self.codes, self.bits, self.in_features).float()
         if self.zeros is not None:
-            values -= self._spread(self.zeros.float())
+            values -= self._spread(self.zero_points().float())
         elif self.mins is None:
             values -= 1 << (self.bits - 1)
         values *= self._spread(self.scales.float())
         return values if self.mins is None else values.add_(self._spread(self.mins.float()))
+
+    def zero_points(self) -> torch.Tensor:
+        """The zero points [out, groups] uint8; of a symmetric weight they are all the same."""
+        if self.zeros is None:
+            return torch.full_like(self.scales, 1 << (self.bits - 1), dtype=torch.uint8)
+        return unpack_bits(self.zeros, self.bits, self.scales.shape[1])
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
         """What belongs to the groups [out, groups], for each input [out, in]."""

@@ -58,7 +58,7 @@ class Int4Matmul:
         if weight.mins is not None:
             zeros = weight.mins.float() + 8 * scales
         elif weight.zeros is not None:
-            zeros = (8 - weight.zeros.float()) * scales
+            zeros = (8 - weight.zero_points().float()) * scales
         group_size = _kernel_group(weight.group_size)
         assert group_size is not None, "why_not"
         pairs = torch.stack((scales, zeros), -1).transpose(0, 1)

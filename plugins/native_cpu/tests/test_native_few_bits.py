@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from octavo.device import DeviceInfo
+from octavo.weights.bits import pack_octets
 from octavo.weights.canonical import GroupedInt, ScaledInt8, tensor_bytes
 from octavo.weights.interface import Activation, MatmulSpec
 from octavo_native_cpu.few_bits import Int4Matmul, Int8Matmul
@@ -24,7 +25,7 @@ def grouped(out_features: int, in_features: int, group_size: int, kind: str, bit
         group_size=group_size,
         codes=torch.randint(-(2**31), 2**31 - 1, (out_features, words), dtype=torch.int32),
         scales=(torch.rand(out_features, groups) * 0.02 + 0.001).half(),
-        zeros=torch.randint(0, 16, (out_features, groups), dtype=torch.uint8) if kind == "zeros" else None,
+        zeros=pack_octets(torch.randint(0, 16, (out_features, groups)), 4) if kind == "zeros" else None,
         mins=(torch.rand(out_features, groups) * -0.3).half() if kind == "mins" else None,
     )
 
@@ -42,7 +43,7 @@ def sizes(weight: Any) -> torch.Tensor:
     scale = weight.scales.double()
     zero = (weight.mins.double() + 8 * scale) if weight.mins is not None else torch.zeros_like(scale)
     if weight.zeros is not None:
-        zero = (8 - weight.zeros.double()) * scale
+        zero = (8 - weight.zero_points().double()) * scale
     spread = [one.abs().repeat_interleave(weight.group_size, 1) for one in (scale, zero)]
     return (weight.dequantize().double() - zero.repeat_interleave(weight.group_size, 1)).abs() + spread[1]
 

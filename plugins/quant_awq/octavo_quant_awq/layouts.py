@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from octavo.errors import CheckpointError
-from octavo.weights.bits import pack_bits, unpack_bits
+from octavo.weights.bits import pack_bits, pack_octets, unpack_bits
 from octavo.weights.canonical import GroupedInt
 from octavo.weights.interface import LinearShape, ParamSpec
 
@@ -58,7 +58,7 @@ class Gemm:
             group_size=group_size,
             codes=pack_bits(_in_order(params["qweight"]), BITS),
             scales=params["scales"].t().contiguous(),
-            zeros=_in_order(params["qzeros"]).contiguous(),
+            zeros=pack_octets(_in_order(params["qzeros"]), BITS),
         )
 
 
@@ -96,7 +96,7 @@ class Gemv:
             group_size=group_size,
             codes=params["qweight"].contiguous(),
             scales=params["scales"][:, :groups].contiguous(),
-            zeros=unpack_bits(params["qzeros"], BITS, groups).contiguous(),
+            zeros=pack_octets(unpack_bits(params["qzeros"], BITS, groups), BITS),
         )
 
 

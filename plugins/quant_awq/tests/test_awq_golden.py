@@ -82,7 +82,7 @@ def test_minima_are_the_librarys_rounded_products(case: str) -> None:
     assert weight.mins is not None and gemm.zeros is not None
     assert torch.equal(weight.codes, gemm.codes)
     assert torch.equal(weight.scales, gemm.scales)
-    assert torch.equal(weight.mins, -(gemm.scales * gemm.zeros))
+    assert torch.equal(weight.mins, -(gemm.scales * gemm.zero_points()))
     error = (weight.dequantize().double() - dense_of(case).double()).abs()
     minima = weight.mins.repeat_interleave(weight.group_size, 1)
     assert (error <= half_ulp(minima) + half_ulp(dense_of(case))).all()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from octavo.errors import CheckpointError
-from octavo.weights.bits import pack_bits, packed_width, unpack_bits
+from octavo.weights.bits import pack_bits, pack_octets, packed_width, unpack_bits
 from octavo.weights.canonical import GroupedInt
 from octavo.weights.interface import LinearShape, ParamSpec
 
@@ -71,13 +71,13 @@ class Packed:
         return -(-num_codes // (32 // self.bits)) if self.padded else packed_width(num_codes, self.bits)
 
     def weight(self, shape: LinearShape, params: Mapping[str, torch.Tensor]) -> GroupedInt:
-        """The codes as one bit stream a row, zero points as bytes. Raises CheckpointError for what contradicts."""
+        """Codes and zero points as a bit stream a row each. Raises CheckpointError for what contradicts."""
         self._check_shape(shape, params.get("weight_shape"))
         codes, zeros = params["weight_packed"], None
         if self.padded and 32 % self.bits:
             codes = pack_bits(self._unpack(codes, shape.in_features), self.bits)
         if not self.symmetric:
-            zeros = self._unpack(params["weight_zero_point"].t(), shape.out_features).t().contiguous()
+            zeros = pack_octets(self._unpack(params["weight_zero_point"].t(), shape.out_features).t(), self.bits)
         group_size, scales = self.group_size or shape.in_features, params["weight_scale"]
         group_of = self._group_of(shape, params["weight_g_idx"], scales.shape[1]) if self.ordered else None
         return GroupedInt(

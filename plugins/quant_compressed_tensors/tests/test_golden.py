@@ -17,9 +17,6 @@ CASES = sorted(path.stem for path in DATA.glob("*.safetensors"))
 FORMATS = {"pack": "pack-quantized", "fp8": "float-quantized", "int8": "int-quantized"}
 TYPES = {"pack": GroupedInt, "fp8": ScaledFloat8, "int8": ScaledInt8}
 
-WIDENED = ("pack_old_w3_g32_asym", "pack_old_w5_channel_sym", "pack_w2_g32_asym")
-"""Words with unused bits, which go, and zero points of 2 bits for each 32 inputs, which become bytes (7%)."""
-
 
 class Case:
     """A file: its tensors, the weight that the library reads, and the format of its config.json."""
@@ -89,8 +86,9 @@ def test_apply_gives_the_dense_product(name: str) -> None:
     assert ((found - (x @ dense.t() + bias)).abs() <= rounded + 1e-4).all()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in WIDENED])
+@pytest.mark.parametrize("name", CASES)
 def test_resident_bytes_are_the_stored_ones(name: str) -> None:
+    """Or fewer: old files' words of 3 and 5 bits have unused ones."""
     case = Case(name)
     stored = tensor_bytes(list(case.tensors.values()))
-    assert abs(tensor_bytes(case.weight()) - stored) <= 0.05 * stored
+    assert tensor_bytes(case.weight()) <= 1.05 * stored

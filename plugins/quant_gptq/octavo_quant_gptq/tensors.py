@@ -2,7 +2,7 @@
 
 import torch
 from octavo.errors import CheckpointError
-from octavo.weights.bits import unpack_bits
+from octavo.weights.bits import pack_octets, unpack_bits
 from octavo.weights.interface import LinearShape
 
 
@@ -12,7 +12,7 @@ def steps_of(bits: int) -> tuple[int, int]:
 
 
 def zero_points(words: torch.Tensor, bits: int, out_features: int, is_v1: bool) -> torch.Tensor | None:
-    """The zero points [out, groups] of words [groups, out b / 32]; None where all are 2^(bits - 1), as `sym` has them.
+    """Words [groups, out b / 32] as GroupedInt has them; None where all zero points are 2^(bits - 1), as `sym` says.
 
     Version 1 stores them less one, subtracted from whole words: a zero point of 0 borrows from its neighbours, and
     adding to the whole word modulo 2^32 alone gives it back. Codes of 3 bits lie across words and were subtracted by
@@ -23,7 +23,7 @@ def zero_points(words: torch.Tensor, bits: int, out_features: int, is_v1: bool) 
     zeros = unpack_bits(words, bits, out_features)
     if is_v1 and 32 % bits:
         zeros = (zeros + 1) & ((1 << bits) - 1)
-    return None if bool((zeros == 1 << (bits - 1)).all()) else zeros.t().contiguous()
+    return None if bool((zeros == 1 << (bits - 1)).all()) else pack_octets(zeros.t(), bits)
 
 
 def group_order(
