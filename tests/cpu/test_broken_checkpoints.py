@@ -1,7 +1,6 @@
 """Broken and hostile checkpoints: each a clear error before any tensor is read, nothing executed, memory bounded.
 
-All of them are opened by one child process under a limit of memory. Quantized checkpoints without scales and the like
-are to be added beside the plugins of their formats; here a layer's tensors are checked by the core alone.
+All of them are opened by one child process under a limit of memory.
 """
 
 import json
@@ -171,6 +170,49 @@ def remote_code(directory: Path) -> None:
     config(architectures=["EvilForCausalLM"], auto_map={"AutoModelForCausalLM": "evil.Evil"})(directory)
 
 
+Tensors = dict[str, torch.Tensor]
+
+
+def in_fp8(name: str, weight: torch.Tensor) -> Tensors:
+    return {f"{name}.weight": weight.to(torch.float8_e4m3fn), f"{name}.weight_scale": torch.ones(1)}
+
+
+def in_words(name: str, weight: torch.Tensor) -> Tensors:
+    """What GPTQ has of a layer, which is also what AWQ has of one of as many inputs as outputs."""
+    out, width = weight.shape
+    codes = {"qweight": torch.zeros(width // 8, out, dtype=torch.int32)}
+    groups = {"qzeros": torch.zeros(width // 32, out // 8, dtype=torch.int32), "scales": torch.ones(width // 32, out)}
+    return {f"{name}.{suffix}": tensor for suffix, tensor in (codes | groups).items()}
+
+
+def quantized(
+    method: str,
+    store: Callable[[str, torch.Tensor], Tensors],
+    change: Callable[[Tensors], object] = lambda tensors: None,
+    **settings: Any,
+) -> Break:
+    """Every linear layer stored otherwise, then a change of the tensors, under these settings."""
+
+    def apply(directory: Path) -> None:
+        loaded = load_file(directory / WEIGHTS)
+        for name in [name for name in loaded if name.endswith("_proj.weight")]:
+            loaded |= store(name.removesuffix(".weight"), loaded.pop(name))
+        change(loaded)
+        save_file(loaded, directory / WEIGHTS)
+        config(quantization_config={"quant_method": method, **settings})(directory)
+
+    return apply
+
+
+def without(suffix: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.pop(f"{DOWN}.{suffix}")
+
+
+def recast(suffix: str, dtype: torch.dtype) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({f"{DOWN}.{suffix}": tensors[f"{DOWN}.{suffix}"].to(dtype)})
+
+
+DOWN = "model.layers.1.mlp.down_proj"
 NORM = "model.layers.1.mlp.down_proj.weight"
 UNSOUND = r"model\.safetensors cannot be read as a safetensors file.*fetch it again"
 BROKEN: dict[str, tuple[Break, str]] = {
@@ -236,6 +278,52 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "architectures is a number": (config(architectures=3), "architecture is 3"),
     "unknown quantization": (config(quantization_config={"quant_method": "magic"}), "quant_method is 'magic'"),
     "quantization is a text": (config(quantization_config="awq"), "quant_method is 'awq'"),
+    "fp8 without a scale": (quantized("fp8", in_fp8, without("weight_scale")), f"no tensor '{DOWN}.weight_scale"),
+    "fp8 with a scale too many": (
+        quantized("fp8", in_fp8, lambda t: t.update({f"{DOWN}.weight_scale": torch.ones(2)})),
+        rf"'{DOWN}.weight_scale' has shape \[2\]",
+    ),
+    "fp8 with integer codes": (quantized("fp8", in_fp8, recast("weight", torch.int8)), f"'{DOWN}.weight' is int8"),
+    "fp8 with an integer scale": (
+        quantized("fp8", in_fp8, recast("weight_scale", torch.int32)),
+        f"'{DOWN}.weight_scale' is int32",
+    ),
+    "fp8 without its input's scale": (
+        quantized("fp8", in_fp8, activation_scheme="static"),
+        "no tensor 'model.layers.0.self_attn.q_proj.input_scale'",
+    ),
+    "fp8 of a block of text": (quantized("fp8", in_fp8, weight_block_size="128"), "weight_block_size is '128'"),
+    "GPTQ without scales": (
+        quantized("gptq", in_words, without("scales"), bits=4, group_size=32),
+        f"no tensor '{DOWN}.scales'",
+    ),
+    "GPTQ in wide words": (
+        quantized("gptq", in_words, recast("qweight", torch.int64), bits=4, group_size=32),
+        f"'{DOWN}.qweight' is int64",
+    ),
+    "GPTQ of 5 bits": (quantized("gptq", in_words, bits=5, group_size=32), "5 bits"),
+    "GPTQ of other bits than its words": (quantized("gptq", in_words, bits=8, group_size=32), "qweight' has shape"),
+    "GPTQ of other groups than its scales": (quantized("gptq", in_words, bits=4, group_size=16), "qzeros' has shape"),
+    "GPTQ in another order": (
+        quantized("gptq", in_words, bits=4, group_size=32, checkpoint_format="marlin"),
+        "'marlin'",
+    ),
+    "AWQ whose groups do not divide": (quantized("awq", in_words, bits=4, group_size=48), "48"),
+    "AWQ of 3 bits": (quantized("awq", in_words, bits=3, group_size=32), "3 bits"),
+    "AWQ laid out as GPTQ": (quantized("awq", in_words, bits=4, group_size=32), "qweight' has shape"),
+    "compressed-tensors without weights": (
+        quantized("compressed-tensors", in_fp8, config_groups={"group_0": {"targets": ["Linear"]}}),
+        "q_proj is stored quantized, but .* leave it dense",
+    ),
+    "compressed-tensors of an unknown format": (
+        quantized(
+            "compressed-tensors",
+            in_fp8,
+            format="magic",
+            config_groups={"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}},
+        ),
+        "'magic'",
+    ),
 }
 
 
