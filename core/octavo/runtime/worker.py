@@ -82,7 +82,7 @@ def start_worker(config: EngineConfig, plugins: Plugins, tell: Callable[[str], N
         model = _build_model(assembly, backends, reader, communicator, layers)
         eos_token_ids = _eos_token_ids(reader)
         generation_config = dict(reader.generation_config)
-        weight_bytes = _weight_bytes(reader, assembly.dtype)
+        weight_bytes = _weight_bytes(reader, assembly)
         measured = {"weights": _allocated(device) - before - attention_bytes(assembly)}
         reader.close()
     buffers = _buffers(assembly)
@@ -207,12 +207,13 @@ def _build_model(
         return assembly.model_class(model, build)
 
 
-def _weight_bytes(reader: CheckpointReader, dtype: torch.dtype) -> int:
-    """What the checkpoint's tensors take once loaded: floating-point ones in the model's dtype."""
-    sizes = ((torch.Size(one.shape).numel(), one.dtype) for one in reader.tensors().values())
-    return sum(
-        count * (dtype if kind.is_floating_point and kind.itemsize > 1 else kind).itemsize for count, kind in sizes
-    )
+def _weight_bytes(reader: CheckpointReader, assembly: Assembly) -> int:
+    """What the weights take: linear layers as their matmuls hold them, other tensors in the model's dtype."""
+    placed = assembly.placement.layers
+    linear = {name for layer in placed for name in layer.layers}
+    others = (info for name, info in reader.tensors().items() if name.rpartition(".")[0] not in linear)
+    elements = sum(torch.Size(info.shape).numel() for info in others)
+    return sum(layer.resident_bytes for layer in placed) + assembly.dtype.itemsize * elements
 
 
 def _eos_token_ids(reader: CheckpointReader) -> frozenset[int]:
