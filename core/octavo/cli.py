@@ -106,7 +106,7 @@ def _find(name: str) -> Command:
     builtin = load_plugins(only=(), warn=False)
     if all(one.name != name for one in builtin.providers("command")):
         if name == "plugins":  # works even when nothing loads
-            from octavo.plugins.command import PluginsCommand
+            from octavo.plugins_command import PluginsCommand
 
             return PluginsCommand()
         builtin = _all_plugins()

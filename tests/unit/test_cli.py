@@ -157,5 +157,5 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("octavo.plugins.command.load_plugins", interrupt)
+    monkeypatch.setattr("octavo.plugins_command.load_plugins", interrupt)
     assert main(["plugins", "list"]) == 130

@@ -340,4 +340,4 @@ def test_functions_are_short() -> None:
 def test_engine_and_core_stay_small() -> None:
     core = [path for path in python_files(CORE) if not path.is_relative_to(CORE / "testing")]
     assert sum(map(num_lines, python_files(ENGINE))) < 1_500
-    assert sum(map(num_code_lines, core)) < 7_500
+    assert sum(map(num_code_lines, core)) < 7_800

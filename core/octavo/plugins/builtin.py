@@ -78,7 +78,7 @@ def octavo_checkpoint_readers() -> list[Provider]:
 @hookimpl
 def octavo_commands() -> list[Provider]:
     """`octavo plugins`."""
-    return [_provider("plugins", "plugins.command:PluginsCommand", "list the plugins, or why a provider is chosen")]
+    return [_provider("plugins", "plugins_command:PluginsCommand", "list the plugins, or why a provider is chosen")]
 
 
 @hookimpl(trylast=True)
