@@ -73,6 +73,7 @@ def explain(config: EngineConfig, plugins: Plugins, device: "DeviceInfo") -> lis
     from octavo.checkpoints import open_model
     from octavo.runtime.assembly import assemble
     from octavo.weights.canonical import Dense
+    from octavo.weights.unquantized import Unquantized
 
     executor = choose(plugins, "executor", config.tensor_parallel_size, config.distributed_executor_backend)
     reader = open_model(config, plugins).reader
@@ -82,6 +83,7 @@ def explain(config: EngineConfig, plugins: Plugins, device: "DeviceInfo") -> lis
         reader.close()
     model = assembly.model
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    assembly.placement.matmul(Dense, (q + 2 * kv, model.hidden_size), {})
+    if isinstance(assembly.weight_format, Unquantized):  # what quantized layers are is known once they are loaded
+        assembly.placement.matmul(Dense, (q + 2 * kv, model.hidden_size), {})
     communicator = choose(plugins, "communicator", config.tensor_parallel_size, config.communicator)
     return [executor, *assembly.selections, communicator]

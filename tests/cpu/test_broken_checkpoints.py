@@ -257,6 +257,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
         "config.json is no file",
     ),
     "config is a pipe": (replaced("config.json", os.mkfifo), "config.json is no file"),
+    "weights are a pipe": (replaced(WEIGHTS, os.mkfifo), r"holds no \.safetensors file"),
     "config is a loop": (replaced("config.json", lambda path: path.symlink_to("config.json")), "config.json"),
     "size is a text": (config(hidden_size="64"), "hidden_size .*'64'"),
     "size is a fraction": (config(intermediate_size=96.5), "intermediate_size .*96.5"),

@@ -89,8 +89,9 @@ def test_generation_config_is_optional(directory: Path) -> None:
 def test_a_quantization_is_found_beside_config_json(directory: Path, name: str) -> None:
     """Only where config.json describes none; an empty file describes none either."""
     save_file(WEIGHTS, directory / "model.safetensors")
-    (directory / name).write_text("{}")
-    assert SafetensorsReader(directory).config == {"model_type": "llama"}
+    for other in ("{}", '{"per_channel": true}'):
+        (directory / name).write_text(other)
+        assert SafetensorsReader(directory).config == {"model_type": "llama"}
     (directory / name).write_text('{"w_bit": 4}')
     for reader in (SafetensorsReader(directory), DummyReader(directory)):
         assert reader.config == {"model_type": "llama", "quantization_config": {"w_bit": 4}}

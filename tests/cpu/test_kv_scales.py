@@ -28,6 +28,8 @@ ATTENTION = "model.layers.{}.self_attn"
 class Tensors:
     """What `checkpoint_scales` asks of a reader."""
 
+    config: dict[str, Any] = {}  # noqa: RUF012
+
     def __init__(self, **tensors: torch.Tensor) -> None:
         self._tensors = tensors
 
@@ -180,6 +182,44 @@ def test_calibrated_scales_are_the_largest_values_with_headroom(llama: Reference
     engine.shutdown()
 
 
+def test_short_steps_calibrate_with_the_same_prompts(llama: Reference, tmp_path: Path) -> None:
+    engine, _ = begin(llama.path, tmp_path / "long")
+    short, _ = begin(llama.path, tmp_path / "short", max_num_batched_tokens=7, max_num_seqs=4)
+    assert torch.allclose(scales_of(short), scales_of(engine), rtol=1e-4)
+
+
+def test_random_weights_leave_no_file(llama: Reference, tmp_path: Path) -> None:
+    assert begin(llama.path, tmp_path, load_format="dummy")[1] == "calibrated now, for weights that are random"
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_named_tokenizer_must_be_there(llama: Reference, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        begin(llama.path, tmp_path, tokenizer=str(tmp_path / "nowhere"))
+
+
+def test_where_nobody_may_look_nothing_is_found(
+    llama: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exists = Path.exists
+
+    def refuse(self: Path) -> bool:
+        if "kv_scales" in str(self):
+            raise PermissionError(self)
+        return exists(self)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert begin(llama.path, tmp_path)[1].startswith("calibrated now")
+
+
+@pytest.mark.parametrize("scheme", [{"type": "int", "num_bits": 8}, {"type": "float", "num_bits": 4}])
+def test_scales_for_other_codes_are_refused(scheme: dict[str, Any]) -> None:
+    reader = in_layers("k_scale", "v_scale", lambda layer, name: torch.ones(1))
+    reader.config = {"quantization_config": {"kv_cache_scheme": scheme}}
+    with pytest.raises(CheckpointError, match=r"codes of \d bits, (int|float).*--kv-scales calibrate"):
+        checkpoint_scales(reader, LAYERS, HEADS, CodeRange(448.0, 2.0))
+
+
 def test_the_second_start_calibrates_nothing(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = begin(directory, tmp_path)
     wanted = scales_of(engine)
@@ -281,6 +321,7 @@ def _content(**changes: Any) -> str:
         (_content(values=[[0, 2], [3, 4]]), "'values' of layer 0, head 0 .* is 0"),
         (_content(keys=[[1, float("nan")], [3, 4]]), "layer 0, head 1 .* is nan"),
         (_content(keys=[[1, 1e300], [3, 4]]), "is 1e"),
+        (_content(keys=[[1, 10**400], [3, 4]]), "a list of numbers for every layer"),
     ],
 )
 def test_bad_files(text: str, says: str, llama: Reference, tmp_path: Path) -> None:

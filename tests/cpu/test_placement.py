@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from octavo.checkpoints.dummy import DummyReader
+from octavo.checkpoints.interface import TensorInfo
 from octavo.checkpoints.safetensors_reader import SafetensorsReader
 from octavo.device import DeviceInfo
 from octavo.errors import CheckpointError, PluginError, UnservedError
+from octavo.models.builder import ModelBuilder
 from octavo.plugins.loading import load_plugins
 from octavo.plugins.records import Provider
 from octavo.plugins.registry import LoadedPlugin, LoadedProvider, Plugins
@@ -18,7 +20,7 @@ from octavo.plugins.selection import Selection, choose
 from octavo.runtime.placement import Placement
 from octavo.weights.canonical import Dense, ScaledInt8
 from octavo.weights.interface import ActivationSpec, LinearShape, MatmulSpec, ParamSpec
-from octavo.weights.loader import HeaderCheck
+from octavo.weights.loader import HeaderCheck, Loaded, WeightLoader
 from octavo.weights.torch_matmul import TorchMatmul
 from safetensors.torch import load_file, save_file
 from tiny_models import Reference, start
@@ -114,6 +116,34 @@ def test_a_dense_weight_has_no_fallback() -> None:
         placement([], named=("rows",)).served("layer", Dense(torch.ones(4, 6)))
 
 
+class WholeTensors(Rows):
+    """Serves weights of one scale alone."""
+
+    @staticmethod
+    def why_not(spec: MatmulSpec, options: object) -> str | None:
+        """Rows are refused."""
+        return None if spec.features["scales"] == "tensor" else "it takes one scale for a tensor"
+
+
+def test_parts_are_served_alone_where_the_whole_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side by side, tensors' scales become rows'."""
+    monkeypatch.setattr(Rows, "why_not", WholeTensors.why_not)
+    place = placement([])
+    nothing: Any = None
+    builder = ModelBuilder(nothing, nothing, nothing, nothing, place, nothing)
+    layers = [Loaded(name, int8(4, 6, by_row=False), 10) for name in ("q", "k")]
+    assert len(builder._place(layers)) == 2
+    assert [one.layers for one in place.layers] == [("q",), ("k",)] and place.layers[0].matmul == "rows"
+
+
+def test_a_named_matmul_that_serves_nothing_is_told(llama: Reference, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("octavo_native_cpu")
+    start(llama.path, dtype="bfloat16", linear_backend=("torch_int8",))
+    assert "names torch_int8, but the model has no layer that they multiply" in caplog.text
+    with pytest.raises(PluginError, match="names torch_int8, but the model has no layer"):
+        start(llama.path, dtype="bfloat16", linear_backend=("torch_int8",), strict_backends=True)
+
+
 @pytest.mark.parametrize("named", ["onednn", "torch_int8", "torch_int4"])
 def test_a_named_matmul_is_for_weights_of_its_own(llama: Reference, named: str) -> None:
     """What it does not multiply is chosen for as if none were named."""
@@ -207,3 +237,13 @@ def test_dummy_weights_have_no_headers(llama: Reference) -> None:
     engine = start(llama.path, load_format="dummy")
     assert all(isinstance(one["stored_bytes"], int) for one in engine.capacity.details["layers"])
     assert DummyReader(llama.path).tensors() == {}
+
+
+@pytest.mark.parametrize(("suffix", "dense"), [("qweight", False), ("weight_scale", False), ("bias", True)])
+def test_a_skipped_layer_that_is_stored_packed_is_believed(suffix: str, dense: bool) -> None:
+    class Reader:
+        def tensors(self) -> dict[str, TensorInfo]:
+            return {f"lm_head.{suffix}": TensorInfo((1,), torch.int32)}
+
+    loader = WeightLoader(Reader(), torch.float32, torch.device("cpu"))  # type: ignore[arg-type]
+    assert loader.holds_dense(Scaled(), LinearShape("lm_head", 8, 8, True)) is dense  # type: ignore[arg-type]

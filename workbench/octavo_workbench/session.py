@@ -1,6 +1,5 @@
 """An engine in this process that runs workloads and counts what it did."""
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import Any, Self
 
 from octavo.config import EngineConfig
 from octavo.engine.step import EngineStats, TokenEvent
+from octavo.engine_process import spare_garbage_collection
 from octavo.errors import StepError
 from octavo.sampling_params import SamplingParams
 from octavo.start import start_engine
@@ -52,8 +52,7 @@ class Session:
 
     def __init__(self, config: EngineConfig) -> None:
         self.engine, self.info = start_engine(config)
-        gc.collect()
-        gc.freeze()  # as the engine's own process does
+        spare_garbage_collection()  # as the engine's own process does
         self._num_runs = 0
 
     def __enter__(self) -> Self:

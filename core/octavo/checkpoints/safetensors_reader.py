@@ -19,6 +19,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 QUANTIZATION = ("quantize_config.json", "quant_config.json")
 """Where tools described a quantization before config.json had a place for it."""
+_QUANTIZATION_KEYS = {"quant_method", "bits", "w_bit"}  # other tools write files of these names for other ends
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 MAX_JSON_BYTES = 64 << 20
 """Of a configuration or an index; those of the largest models have a few MB."""
@@ -60,7 +61,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json of a directory, with a quantization that only a file beside it describes. Raises CheckpointError."""
     config = read_json(path / "config.json", required=True)
     if not config.get("quantization_config"):
-        beside = next((content for name in QUANTIZATION if (content := read_json(path / name))), None)
+        found = (read_json(path / name) for name in QUANTIZATION)
+        beside = next((one for one in found if one.keys() & _QUANTIZATION_KEYS), None)
         config |= {"quantization_config": beside} if beside else {}
     return config
 
@@ -156,7 +158,9 @@ def _find_shards(path: Path) -> dict[Path, set[str] | None]:
 
 def _loose_shards(path: Path) -> list[Path]:
     """Files of other names; consolidated.* are the same weights under their author's own names."""
-    return sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("consolidated"))
+    return sorted(
+        file for file in path.glob("*.safetensors") if file.is_file() and not file.name.startswith("consolidated")
+    )
 
 
 def _indexed_shards(path: Path) -> dict[Path, set[str] | None]:

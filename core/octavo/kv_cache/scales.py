@@ -13,6 +13,7 @@ import torch
 from octavo.checkpoints.interface import CheckpointReader
 from octavo.errors import CheckpointError, ConfigError
 from octavo.kv_cache.interface import CodeRange
+from octavo.weights.unquantized import quantization_of
 
 _CHECKPOINT_CODES = 448.0
 """The largest code that a checkpoint's scales are for: all of their writers mean float8_e4m3."""
@@ -45,6 +46,7 @@ def checkpoint_scales(reader: CheckpointReader, num_layers: int, num_heads: int,
     ]
     if not any(name for part in names for name in part):
         return None
+    _check_scheme(reader.config)
     for kind, part in zip(_SPELLINGS, names, strict=True):
         if None in part:
             raise CheckpointError(
@@ -54,6 +56,17 @@ def checkpoint_scales(reader: CheckpointReader, num_layers: int, num_heads: int,
     pairs = [[_read(reader, str(name), num_heads) for name in pair] for pair in zip(*names, strict=True)]
     values = torch.stack([torch.stack(pair) for pair in pairs]) * (_CHECKPOINT_CODES / codes.largest)
     return KVScales(values, "checkpoint")
+
+
+def _check_scheme(config: Mapping[str, Any]) -> None:
+    """Refuse scales that config.json gives for other codes than float8_e4m3. Raises CheckpointError."""
+    quantization = quantization_of(config)
+    scheme = quantization.get("kv_cache_scheme") if isinstance(quantization, Mapping) else None
+    if isinstance(scheme, Mapping) and (scheme.get("type", "float"), scheme.get("num_bits", 8)) != ("float", 8):
+        raise CheckpointError(
+            f"The checkpoint's KV-cache scales are for codes of {scheme.get('num_bits')} bits, {scheme.get('type')} "
+            f"(kv_cache_scheme in config.json), but only those for float8_e4m3 are read. {_OTHERWISE}"
+        )
 
 
 def _read(reader: CheckpointReader, name: str, num_heads: int) -> torch.Tensor:
@@ -84,7 +97,7 @@ def read_scales(path: Path, layout: str, num_layers: int, num_heads: int) -> tor
         )
     try:
         parts = [torch.tensor(content[name], dtype=torch.float64) for name in ("keys", "values")]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ConfigError(
             f"{path} must hold `keys` and `values`, each a list of numbers for every layer: {error!r}."
         ) from error

@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from octavo.distributed.interface import Communicator
+from octavo.errors import UnservedError
 from octavo.models.layers import AttentionLayer, Embedding, Linear, Ops
 from octavo.weights.canonical import Dense
 from octavo.weights.interface import LinearShape, Matmul, Weight, WeightFormat
@@ -70,9 +71,14 @@ class ModelBuilder:
         vector = self.loader.load_vector(f"{name}.bias", out_features, shard=False) if bias else None
         return Linear(self._place([weight]), vector if self.communicator.rank == 0 else None, self.communicator)
 
-    def head(self, name: str, in_features: int, out_features: int, dense: bool) -> Linear:
-        """The logits of this rank's part of the vocabulary; `dense` where `name` is the embedding's, which are tied."""
-        return Linear(self._place([self._load(LinearShape(name, in_features, out_features, False), "output", dense)]))
+    def head(self, name: str, in_features: int, out_features: int) -> Linear:
+        """The logits of this rank's part of the vocabulary."""
+        return Linear(self._place([self._load(LinearShape(name, in_features, out_features, False), "output")]))
+
+    def tied_head(self, name: str, embedding: Embedding) -> Linear:
+        """The logits by the embedding's own tensor; `name` is the embedding's."""
+        weight = embedding.weight
+        return Linear(self._place([Loaded(name, Dense(weight), weight.numel() * weight.element_size())]))
 
     def embedding(self, name: str, num_rows: int, width: int) -> Embedding:
         """Token embeddings, this rank's part of the vocabulary."""
@@ -101,7 +107,11 @@ class ModelBuilder:
         if joined is not None:
             stored = sum(layer.stored_bytes for layer in layers)
             names = [layer.name for layer in layers]
-            return [self.placer.place(names, joined, stored, " and ".join(origins), fallback)]
+            try:
+                return [self.placer.place(names, joined, stored, " and ".join(origins), fallback)]
+            except UnservedError:  # a kernel may serve the parts alone, such as by one scale each
+                if len(layers) == 1:
+                    raise
         return [
             self.placer.place([layer.name], weight, layer.stored_bytes, str(layer.weight), reason)
             for layer, (weight, reason) in zip(layers, served, strict=True)

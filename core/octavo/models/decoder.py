@@ -62,8 +62,10 @@ class Decoder:
         self.embed = build.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
         self.layers = [self._build_layer(build, i) for i in range(config.num_layers)]
         self.norm = build.norm("model.norm.weight", config.hidden_size)
-        source = "model.embed_tokens" if config.tie_embeddings else "lm_head"
-        self.lm_head = build.head(source, config.hidden_size, config.vocab_size, dense=config.tie_embeddings)
+        if config.tie_embeddings:
+            self.lm_head = build.tied_head("model.embed_tokens", self.embed)
+        else:
+            self.lm_head = build.head("lm_head", config.hidden_size, config.vocab_size)
 
     def _build_layer(self, build: ModelBuilder, index: int) -> DecoderLayer:
         c, name = self.config, f"model.layers.{index}"

@@ -90,7 +90,7 @@ def choose(
     able = [entry for entry in entries if entry.reason is None]
     reasons = [f"{entry.loaded.name}: {entry.reason}" for entry in entries if entry.reason is not None]
     if requested and strict and reasons:
-        raise PluginError(f"{_asked(kind, requested)} and --strict-backends is set, but {'; '.join(reasons)}.")
+        raise UnservedError(f"{_asked(kind, requested)} and --strict-backends is set, but {'; '.join(reasons)}.")
     if not able:
         raise UnservedError(_nobody(plugins, kind, requested, reasons))
     winner, by_hook = _decide(plugins, kind, spec, able)

@@ -1,5 +1,6 @@
 """Which provider serves what: every selection that a model on a device calls for, before any weight is read."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,8 @@ from octavo.plugins.selection import BuildReason, Selection, choose
 from octavo.runtime.placement import Placement
 from octavo.weights.interface import MatmulSpec, WeightFormat
 from octavo.weights.unquantized import quantization_of
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -73,6 +76,16 @@ class Assembly:
         classes: list[Any] = [self.plugins.get("matmul", split_reference(text)[0]).load() for text in named]
         fitting = tuple(text for text, cls in zip(named, classes, strict=True) if spec.weight in cls.handles)
         return self._choose("matmul", spec, fitting, build_reason=reason)
+
+    def check_named_matmuls(self) -> None:
+        """Say it where no layer of the model calls for a named matmul. Raises PluginError under --strict-backends."""
+        used = {layer.matmul for layer in self.placement.layers}
+        named = [split_reference(text)[0] for text in self.config.linear_backend]
+        if named and used.isdisjoint(named):
+            message = f"--linear-backend names {', '.join(named)}, but the model has no layer that they multiply."
+            if self.config.strict_backends:
+                raise PluginError(f"{message} Name another, or leave --strict-backends out.")
+            logger.warning(message)
 
     def _choose(self, kind: str, spec: Any, requested: tuple[str, ...], **reasons: Any) -> Selection:
         selection = choose(self.plugins, kind, spec, requested, strict=self.config.strict_backends, **reasons)

@@ -47,11 +47,20 @@ def largest_values(
     with _attending_by(layers, backends, plain):
         for prompt in prompts:
             new = NewRow(0, 0, prompt, len(prompt), blocks, SamplingParams(temperature=0.0), 0, 0)
-            runner.submit(StepInput(0, freed_rows=[0], new_rows=[new], rows=[ScheduledRow(0, 0, 0, len(prompt))]))
+            _submit(runner, new, assembly.limits.max_tokens)
             for one, cache, place in zip(largest, caches, places, strict=True):
                 found = torch.stack(plain.read(cache, place, len(prompt))).abs().amax((1, 3))
                 torch.maximum(one, found, out=one)
     return largest
+
+
+def _submit(runner: Runner, new: NewRow, most: int) -> None:
+    """Compute a prompt from its first token on, in steps of at most `most` tokens."""
+    length = len(new.token_ids)
+    for start in range(0, length, most):
+        row = ScheduledRow(new.row, new.generation, start, min(most, length - start))
+        first = start == 0
+        runner.submit(StepInput(0, [new.row] if first else [], [new] if first else [], rows=[row]))
 
 
 @contextmanager

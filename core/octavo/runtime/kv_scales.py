@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -29,10 +30,13 @@ _IDENTITY = ("*.safetensors", "*.json")  # files of a model's directory that say
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Scales that are not known yet: `prompts` are to be run once the model is loaded, `path` is to keep the result."""
+    """Scales that are not known yet: `prompts` are to be run once the model is loaded, `path` keeps the result.
+
+    Those of random weights are not kept (None).
+    """
 
     prompts: list[list[int]]
-    path: Path
+    path: Path | None
     layout: str
     codes: CodeRange
 
@@ -45,6 +49,8 @@ class Calibration:
                 "text. Check the checkpoint, try --dtype float32, or name a file of scales with --kv-scales."
             )
         values = self.codes.scales(largest)
+        if self.path is None:
+            return KVScales(values, "calibrated now, for weights that are random")
         try:
             write_scales(self.path, self.layout, values)
         except OSError as error:
@@ -75,7 +81,7 @@ def find_scales(assembly: Assembly, reader: CheckpointReader, path: Path) -> KVS
         return KVScales(read_scales(file, cache_format.layout, *shape), f"file {file}")
     found = checkpoint_scales(reader, *shape, codes) if wish == "auto" else None
     kept = _kept_path(assembly, path, codes)
-    if found is None and wish == "auto" and kept.exists():
+    if found is None and wish == "auto" and kept and os.path.exists(kept):  # Path.exists raises where it may not look
         try:
             return KVScales(read_scales(kept, cache_format.layout, *shape), f"calibrated before, from {kept}")
         except ConfigError as error:
@@ -83,12 +89,14 @@ def find_scales(assembly: Assembly, reader: CheckpointReader, path: Path) -> KVS
     return found or Calibration(_prompts(assembly, reader), kept, cache_format.layout, codes)
 
 
-def _kept_path(assembly: Assembly, path: Path, codes: CodeRange) -> Path:
+def _kept_path(assembly: Assembly, path: Path, codes: CodeRange) -> Path | None:
     """The file for a model's scales: its name changes with the model's files, the format and how weights are made."""
     config, path = assembly.config, path.resolve()
+    if config.load_format == "dummy":
+        return None
     parts = [path] if path.is_file() else sorted(one for pattern in _IDENTITY for one in path.glob(pattern))
     stats = [(part.name, part.stat().st_size, part.stat().st_mtime_ns) for part in parts]
-    made = (config.load_format, config.seed, config.quantization, config.tokenizer, str(assembly.dtype))
+    made = (config.load_format, config.quantization, config.tokenizer, str(assembly.dtype))
     text = (TEXT.read_text(encoding="utf-8"), _longest_prompt(assembly.limits))
     identity = (str(path), stats, assembly.cache_format.layout, codes, made, text)
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
@@ -96,7 +104,7 @@ def _kept_path(assembly: Assembly, path: Path, codes: CodeRange) -> Path:
 
 
 def _longest_prompt(limits: Limits) -> int:
-    return min(limits.max_model_len, limits.max_tokens, _LONGEST_PROMPT)
+    return min(limits.max_model_len, _LONGEST_PROMPT)
 
 
 def _prompts(assembly: Assembly, reader: CheckpointReader) -> list[list[int]]:
@@ -112,6 +120,8 @@ def _text_prompts(config: EngineConfig, reader: CheckpointReader) -> Sequence[li
         found = Path(config.tokenizer).expanduser() if config.tokenizer else reader.tokenizer_files()
         tokenizer = Tokenizer.from_files(found)
     except CheckpointError as error:
+        if config.tokenizer:
+            raise
         logger.warning("The KV cache is calibrated with random tokens, for want of a tokenizer. %s", error)
         return []
     return [tokenizer.encode(part) for part in TEXT.read_text(encoding="utf-8").split(_BETWEEN_PROMPTS)]

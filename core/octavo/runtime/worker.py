@@ -80,6 +80,7 @@ def start_worker(config: EngineConfig, plugins: Plugins, tell: Callable[[str], N
         backends = _build_backends(assembly)
         layers: list[AttentionLayer] = []
         model = _build_model(assembly, backends, reader, communicator, layers)
+        assembly.check_named_matmuls()
         eos_token_ids = _eos_token_ids(reader)
         generation_config = dict(reader.generation_config)
         weight_bytes = _weight_bytes(reader, assembly)
@@ -211,7 +212,11 @@ def _weight_bytes(reader: CheckpointReader, assembly: Assembly) -> int:
     """What the weights take: linear layers as their matmuls hold them, other tensors in the model's dtype."""
     placed = assembly.placement.layers
     linear = {name for layer in placed for name in layer.layers}
-    others = (info for name, info in reader.tensors().items() if name.rpartition(".")[0] not in linear)
+    others = (
+        info
+        for name, info in reader.tensors().items()
+        if name.endswith(".bias") or name.rpartition(".")[0] not in linear
+    )
     elements = sum(torch.Size(info.shape).numel() for info in others)
     return sum(layer.resident_bytes for layer in placed) + assembly.dtype.itemsize * elements
 

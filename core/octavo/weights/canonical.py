@@ -162,7 +162,9 @@ class _Scaled:
     def join(cls, weights: Sequence[Self]) -> Self | None:
         """Their outputs one after the other: by row where no blocks are cut, and where inputs have the same scale."""
         first = weights[0]
-        if any(not _same(one.input_scale, first.input_scale) for one in weights):
+        if any(
+            one.codes.dtype != first.codes.dtype or not _same(one.input_scale, first.input_scale) for one in weights
+        ):
             return None
         if any(one.granularity == "block" for one in weights):
             if any(one.block != first.block for one in weights):
@@ -185,6 +187,12 @@ class ScaledFloat8(_Scaled):
     """Codes in float8_e4m3fn or float8_e5m2."""
 
     __slots__ = ()
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        """Those of every scaled weight, and `e5m2` for codes of that dtype."""
+        common = _Scaled.features.fget(self)  # type: ignore[attr-defined]
+        return {**common, "e5m2": True} if self.codes.dtype is torch.float8_e5m2 else common
 
 
 class ScaledInt8(_Scaled):

@@ -45,7 +45,9 @@ class WeightLoader:
         """Whether the layer is left unquantized: the format skips it, or its weight is dense and not for the format."""
         info = self.tensors.get(f"{shape.name}.weight")
         if weight_format.skips(shape.name):
-            return info is None or _is_dense(info.dtype)
+            if info is not None:
+                return _is_dense(info.dtype)
+            return not any(one.startswith(f"{shape.name}.") and not one.endswith(".bias") for one in self.tensors)
         if info is None or not _is_dense(info.dtype):
             return False
         return not _stores_dense(weight_format, shape)

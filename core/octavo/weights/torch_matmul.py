@@ -18,7 +18,7 @@ class TorchMatmul:
     handles: tuple[type, ...] = (Dense, GroupedInt, ScaledFloat8, ScaledInt8)
     layout = "dense"
     input = ActivationSpec()
-    features = frozenset({"bits", "group_size", "zeros", "mins", "group_of", "scales", "block", "input_scale"})
+    features = frozenset({"bits", "group_size", "zeros", "mins", "group_of", "scales", "block", "input_scale", "e5m2"})
 
     @staticmethod
     def why_not(spec: MatmulSpec, options: object) -> str | None:
