@@ -158,7 +158,7 @@ def _check_headers(assembly: Assembly, reader: CheckpointReader, communicator: C
     if isinstance(reader, DummyReader):
         return
     rank, size = communicator.rank, communicator.size
-    loader = HeaderCheck(reader, assembly.dtype, torch.device("meta"), rank, size)
+    loader = HeaderCheck(reader, assembly.dtype, torch.device("cpu"), rank, size)
     nothing: Any = None
     build = ModelBuilder(loader, assembly.weight_format, nothing, communicator, NoPlace(), lambda index, norms: nothing)
     assembly.model_class(assembly.model, build)

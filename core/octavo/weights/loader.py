@@ -1,7 +1,8 @@
 """The one sharding loader: reads a layer's tensors, this rank's part of them, and checks them on the way."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -140,12 +141,27 @@ class HeaderCheck(WeightLoader):
         """Check the layer's tensors. Raises CheckpointError."""
         self._read_params(weight_format, shape, split)
         part = self._part(shape, split)
-        empty = torch.empty(part.out_features, part.in_features, dtype=self.dtype, device="meta")
-        return Loaded(shape.name, Dense(empty), 0)
+        return Loaded(shape.name, _Unread(_hollow((part.out_features, part.in_features), self.dtype)), 0)
 
     def _read(self, name: str, spec: ParamSpec) -> torch.Tensor:
         info = self._check(name, spec)
-        return torch.empty(() if spec.shape == () else info.shape, dtype=info.dtype, device="meta")
+        return _hollow(() if spec.shape == () else info.shape, info.dtype)
+
+
+class _Unread(Dense):
+    """A weight of a shape, which is never laid beside another."""
+
+    __slots__ = ()
+
+    @classmethod
+    def join(cls, weights: Sequence[Self]) -> Self | None:
+        """Never."""
+        return None
+
+
+def _hollow(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of any shape that takes one element; one on the device "meta" would import 150 MB of torch."""
+    return torch.empty((), dtype=dtype).expand(shape)
 
 
 def _stores_dense(weight_format: WeightFormat, shape: LinearShape) -> bool:
