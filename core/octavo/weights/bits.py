@@ -11,7 +11,8 @@ def packed_width(num_codes: int, bits: int) -> int:
 def unpack_bits(words: torch.Tensor, bits: int, num_codes: int) -> torch.Tensor:
     """The first codes of each row: words [..., W] -> uint8 [..., num_codes]; code i is bits i b to (i + 1) b.
 
-    Words are int32, or uint8 where the stream ends with an octet."""
+    Words are int32, or uint8 where the stream ends with an octet.
+    """
     octets = words.contiguous().view(torch.uint8)
     if 8 % bits == 0:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)

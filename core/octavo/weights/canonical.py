@@ -138,7 +138,7 @@ class _Scaled:
 
     @property
     def granularity(self) -> str:
-        """ "tensor", "row" or "block"."""
+        """One of "tensor", "row" and "block"."""
         if self.block[1] < self.shape[1]:
             return "block"
         return "row" if self.block[0] == 1 else "tensor" if self.block[0] >= self.shape[0] else "block"
@@ -191,7 +191,7 @@ class ScaledFloat8(_Scaled):
     @property
     def features(self) -> Mapping[str, Any]:
         """Those of every scaled weight, and `e5m2` for codes of that dtype."""
-        common = _Scaled.features.fget(self)  # type: ignore[attr-defined]
+        common = super().features
         return {**common, "e5m2": True} if self.codes.dtype is torch.float8_e5m2 else common
 
 
