@@ -6,9 +6,19 @@ from typing import Any
 import pytest
 import torch
 from octavo.batch import Batch, BatchShape
-from octavo.engine.step import BlockCopy, ForkRow, NewRow, SampleRow, ScheduledRow, StepInput, TableChange
+from octavo.engine.step import (
+    BlockCopy,
+    ForkRow,
+    NewRow,
+    SampleRow,
+    SampleRows,
+    ScheduledRow,
+    ScheduledRows,
+    StepInput,
+    TableChange,
+)
 from octavo.runtime.buffers import BatchBuffers
-from octavo.runtime.rows import Row
+from octavo.runtime.rows import Row, RowTable
 from octavo.runtime.runner import Runner
 from octavo.sampling_params import SamplingParams
 from tiny_models import GREEDY, Reference, start
@@ -18,21 +28,28 @@ BLOCK_SIZE = 8
 
 
 def new_row(row: int, token_ids: list[int], blocks: list[list[int]], params: SamplingParams = GREEDY) -> NewRow:
-    return NewRow(row, 0, token_ids, len(token_ids), blocks, params, 0, 0)
+    return NewRow(row, token_ids, len(token_ids), blocks, params, 0, 0)
+
+
+def table_of(*new: NewRow) -> RowTable:
+    rows = RowTable(4)
+    for one in new:
+        rows.put(one.row, Row.start(one, 100, frozenset(), CPU))
+    return rows
 
 
 @pytest.fixture
 def batch() -> Batch:
     """Row 2 decodes at position 9; row 0 computes positions 6 to 9 of its ten tokens; two KV groups."""
     buffers = BatchBuffers(4, 32, 4, BLOCK_SIZE, 2, CPU)
-    rows = {}
-    for new in (new_row(0, [*range(50, 60)], [[3, 4], [0, 7]]), new_row(2, [*range(70, 79)], [[5, 6], [8, 9]])):
-        rows[new.row] = Row.start(new, 100, frozenset(), CPU)
+    both = new_row(0, [*range(50, 60)], [[3, 4], [0, 7]]), new_row(2, [*range(70, 79)], [[5, 6], [8, 9]])
+    rows = table_of(*both)
+    for new in both:
         for group, blocks in enumerate(new.blocks):
             buffers.set_table(group, new.row, 0, blocks)
     buffers.last_token[2] = 99
-    scheduled = [ScheduledRow(2, 0, 9, 1), ScheduledRow(0, 0, 6, 4)]
-    samples = [SampleRow(0, 0, 0, 10), SampleRow(2, 0, 2, 10), SampleRow(1, 0, 0, 10)]
+    scheduled = ScheduledRows.of(ScheduledRow(2, 9, 1), ScheduledRow(0, 6, 4))
+    samples = SampleRows.of(SampleRow(0, 0, 10), SampleRow(2, 2, 10), SampleRow(1, 0, 10))
     return buffers.prepare(StepInput(0, rows=scheduled, samples=samples), rows).batch
 
 
@@ -70,20 +87,23 @@ def test_fork_in_the_middle_goes_on_alike(llama: Reference, runner: Runner) -> N
 
     def step(number: int, **changes: Any) -> list[int]:
         output = runner.sample(runner.submit(StepInput(number, **changes))).result()
-        return [token.token_id for token in output.tokens]
+        return output.token_ids
 
     def decode(rows: list[int], position: int) -> dict[str, Any]:
         return {
-            "rows": [ScheduledRow(one, 0, position, 1) for one in rows],
-            "samples": [SampleRow(one, 0, one, position + 1) for one in rows],
+            "rows": ScheduledRows.of(*(ScheduledRow(one, position, 1) for one in rows)),
+            "samples": SampleRows.of(*(SampleRow(one, one, position + 1) for one in rows)),
         }
 
-    first = {"rows": [ScheduledRow(row, 0, 0, length)], "samples": [SampleRow(row, 0, row, length)]}
+    first = {
+        "rows": ScheduledRows.of(ScheduledRow(row, 0, length)),
+        "samples": SampleRows.of(SampleRow(row, row, length)),
+    }
     assert step(0, new_rows=[new_row(row, prompt, [[1, 2, 3]])], **first) == tokens[:1]
     assert step(1, **decode([row], length)) == tokens[1:2]
     # The fork shares block 1 and gets a copy of block 2, which both go on to write.
     fork_changes = {
-        "forks": [ForkRow(row, fork, 0, 1)],
+        "forks": [ForkRow(row, fork, 1)],
         "table_changes": [TableChange(fork, 0, 1, [4, 5])],
         "copies": [BlockCopy(0, 2, 4)],
     }
@@ -96,12 +116,12 @@ def test_set_tokens_replaces_the_sampled_token(llama: Reference, runner: Runner)
     """What the host puts in a row's place is what the row goes on from."""
     prompt, tokens = llama.prompts[8], llama.tokens[8]
     length = len(prompt)
-    new, rows = new_row(0, prompt[:-1], [[1, 2, 3]]), [ScheduledRow(0, 0, 0, length - 1)]
+    new, rows = new_row(0, prompt[:-1], [[1, 2, 3]]), ScheduledRows.of(ScheduledRow(0, 0, length - 1))
     runner.sample(runner.submit(StepInput(0, new_rows=[new], rows=rows)))
-    rows, samples = [ScheduledRow(0, 0, length - 1, 1)], [SampleRow(0, 0, 0, length)]
+    rows, samples = ScheduledRows.of(ScheduledRow(0, length - 1, 1)), SampleRows.of(SampleRow(0, 0, length))
     step = StepInput(1, set_tokens=[(0, prompt[-1])], rows=rows, samples=samples)
     output = runner.sample(runner.submit(step)).result()
-    assert [token.token_id for token in output.tokens] == tokens[:1]
+    assert output.token_ids == tokens[:1]
 
 
 @pytest.mark.parametrize(("params", "number"), [(GREEDY, 1), (SamplingParams(prompt_logprobs=1), 9)])
@@ -109,17 +129,17 @@ def test_the_end_of_the_model_computes_what_is_asked_for(
     llama: Reference, runner: Runner, params: SamplingParams, number: int
 ) -> None:
     prompt = llama.prompts[8][:9]
-    new, rows = new_row(0, prompt, [[1, 2]], params), [ScheduledRow(0, 0, 0, 9)]
-    computed = runner.submit(StepInput(0, new_rows=[new], rows=rows, samples=[SampleRow(0, 0, 0, 9)]))
+    new, rows = new_row(0, prompt, [[1, 2]], params), ScheduledRows.of(ScheduledRow(0, 0, 9))
+    computed = runner.submit(StepInput(0, new_rows=[new], rows=rows, samples=SampleRows.of(SampleRow(0, 0, 9))))
     assert len(computed.hidden) == number
 
 
 def test_a_padded_batch_holds_the_same_and_padding_behind() -> None:
     buffers = BatchBuffers(4, 32, 4, BLOCK_SIZE, 1, CPU)
     new = new_row(1, [*range(50, 60)], [[3, 4]])
-    rows = {1: Row.start(new, 100, frozenset(), CPU)}
+    rows = table_of(new)
     buffers.set_table(0, 1, 0, [3, 4])
-    step = StepInput(0, rows=[ScheduledRow(1, 0, 6, 4)], samples=[SampleRow(1, 0, 1, 10)])
+    step = StepInput(0, rows=ScheduledRows.of(ScheduledRow(1, 6, 4)), samples=SampleRows.of(SampleRow(1, 1, 10)))
     plain = buffers.prepare(step, rows).batch.token_ids.tolist()
     padded = buffers.prepare(step, rows, BatchShape(8, 3, 8, 2)).batch
     assert padded.shape == BatchShape(8, 3, 8, 2)
@@ -133,10 +153,10 @@ def test_a_padded_batch_holds_the_same_and_padding_behind() -> None:
 
 def test_padding_of_a_batch_of_decodes_has_a_token_each() -> None:
     buffers = BatchBuffers(4, 32, 4, BLOCK_SIZE, 1, CPU)
-    rows = {2: Row.start(new_row(2, [5], [[3]]), 100, frozenset(), CPU)}
+    rows = table_of(new_row(2, [5], [[3]]))
     buffers.set_table(0, 2, 0, [3])
     buffers.last_token[2] = 77
-    step = StepInput(0, rows=[ScheduledRow(2, 0, 1, 1)], samples=[SampleRow(2, 0, 2, 2)])
+    step = StepInput(0, rows=ScheduledRows.of(ScheduledRow(2, 1, 1)), samples=SampleRows.of(SampleRow(2, 2, 2)))
     batch = buffers.prepare(step, rows, BatchShape(4, 4, 1, 4)).batch
     assert batch.query_start.tolist() == [0, 1, 2, 3, 4]
     assert batch.seq_lens.tolist() == [2, 0, 0, 0]
@@ -146,14 +166,14 @@ def test_padding_of_a_batch_of_decodes_has_a_token_each() -> None:
 
 def test_a_request_of_one_known_token_is_no_other_than_those_whose_token_the_device_has() -> None:
     buffers = BatchBuffers(4, 32, 4, BLOCK_SIZE, 1, CPU)
-    rows = {row: Row.start(new_row(row, [*range(50, 60)], [[3, 4]]), 100, frozenset(), CPU) for row in (1, 2)}
+    rows = table_of(*(new_row(row, [*range(50, 60)], [[3, 4]]) for row in (1, 2)))
     buffers.set_table(0, 1, 0, [3, 4])
     buffers.set_table(0, 2, 0, [5, 6])
     buffers.last_token[:] = torch.tensor([90, 91, 92, 93, 94])
     step = StepInput(
         0,
-        rows=[ScheduledRow(2, 0, 10, 1), ScheduledRow(1, 0, 9, 1)],
-        samples=[SampleRow(2, 0, 2, 11), SampleRow(1, 0, 1, 10)],
+        rows=ScheduledRows.of(ScheduledRow(2, 10, 1), ScheduledRow(1, 9, 1)),
+        samples=SampleRows.of(SampleRow(2, 2, 11), SampleRow(1, 1, 10)),
     )
     for shape in (None, BatchShape(4, 4, 1, 4), BatchShape(8, 3, 8, 2)):
         prepared = buffers.prepare(step, rows, shape)
@@ -172,8 +192,8 @@ def test_batches_of_a_shape_lie_at_the_same_addresses() -> None:
     new = new_row(1, [*range(50, 60)], [[3, 4], [5, 6]])
     for group, blocks in enumerate(new.blocks):
         buffers.set_table(group, 1, 0, blocks)
-    rows = {1: Row.start(new, 100, frozenset(), CPU)}
-    full = buffers.prepare(StepInput(0, rows=[ScheduledRow(1, 0, 6, 4)]), rows, shape).batch
+    rows = table_of(new)
+    full = buffers.prepare(StepInput(0, rows=ScheduledRows.of(ScheduledRow(1, 6, 4))), rows, shape).batch
     names = ("token_ids", "positions", "query_start", "seq_lens", "row_index")
     assert [getattr(empty, n).data_ptr() for n in names] == [getattr(full, n).data_ptr() for n in names]
     assert [x.data_ptr() for x in empty.slots] == [x.data_ptr() for x in full.slots]

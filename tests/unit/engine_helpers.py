@@ -11,7 +11,7 @@ from octavo.engine.block_manager import BlockManager, KVGroup
 from octavo.engine.executor import Capacity
 from octavo.engine.request import Request
 from octavo.engine.scheduler import Scheduler, SchedulerLimits
-from octavo.engine.step import SampledToken, StepInput, StepOutput, TokenEvent, TokenLogprob
+from octavo.engine.step import StepInput, StepOutput, TokenEvent, TokenLogprob
 from octavo.sampling_params import SamplingParams
 
 MAX_MODEL_LEN = 64
@@ -227,7 +227,7 @@ class Rig:
         return step
 
     def _compute(self, step: StepInput) -> StepOutput:
-        computing = {row.row for row in step.rows} | {sample.row for sample in step.samples}
+        computing = {*step.rows.row, *step.samples.row}
         names = {
             (request.id, request.choice + more)
             for request in self.scheduler.running
@@ -287,7 +287,7 @@ class Rig:
         self.blocks.check()
         assert self.blocks.pool.num_used == 0
         assert scheduler._rows.num_free == self.capacity.max_requests
-        assert (scheduler._live, list(scheduler._in_flight), self.blocks._published) == ({}, [], {})
+        assert (list(scheduler._in_flight), self.blocks._published) == ([], {})
 
 
 class Dictated(Rig):
@@ -307,8 +307,7 @@ class Dictated(Rig):
     def answer(self, *tokens: int, error: str | None = None) -> list[TokenEvent]:
         """The oldest step gives `tokens`, in the order of its samples."""
         step = self.in_flight.pop(0)
-        sampled = [SampledToken(s.row, s.generation, t) for s, t in zip(step.samples, tokens, strict=error is None)]
-        events = self.scheduler.update(StepOutput(step.step_id, sampled, error=error))
+        events = self.scheduler.update(StepOutput(step.step_id, list(tokens), error=error))
         self.blocks.check()
         return events
 

@@ -14,10 +14,10 @@ from octavo.engine.step import (
     ForkRow,
     NewRow,
     PromptLogprobs,
-    SampledToken,
     ScheduledRow,
     StepInput,
     StepOutput,
+    TokenLogprob,
 )
 from octavo.plugins.registry import Plugins
 from octavo.sampling_params import SamplingParams, choice_seed
@@ -27,7 +27,6 @@ from octavo.sampling_params import SamplingParams, choice_seed
 class DeviceRow:
     """A row on the device. `token_ids` are the known ones, then those that the device sampled."""
 
-    generation: int
     token_ids: list[int]
     num_prompt: int
     params: SamplingParams
@@ -36,6 +35,7 @@ class DeviceRow:
     tables: list[list[int]]
     num_computed: int = 0
     generated: list[int] = field(default_factory=list)
+    lost: bool = False
 
 
 @dataclass
@@ -81,7 +81,6 @@ class HashExecutor:
         self.failed_steps: set[int] = set()
         self.unwell: str | None = None
         self.running = False
-        self._lost: set[tuple[int, int]] = set()
         self._num_poisoned = 0
         size = capacity.num_blocks * capacity.block_size
         self._cells = [[self._poison() for _ in range(size)] for _ in range(2)]
@@ -98,11 +97,14 @@ class HashExecutor:
         self.steps.append(step)
         self.log.append(("submit", step.step_id))
         if fails:
-            self._lose(step)
+            self.failed_steps.add(step.step_id)
         if fails == "submit":
+            self._lose(step)
             raise RuntimeError(f"step {step.step_id} is refused")
         self._poison_free_blocks()
         self._apply(step)
+        if fails:
+            self._lose(step)
         self._check(step)
         return self._forward(step)
 
@@ -147,12 +149,9 @@ class HashExecutor:
 
     def _lose(self, step: StepInput) -> None:
         """The step fails: from now on its rows hold nonsense."""
-        self.failed_steps.add(step.step_id)
-        self._lost.update((row.row, row.generation) for row in step.rows)
-        self._lost.update((sample.row, sample.generation) for sample in step.samples)
-
-    def _is_lost(self, row: int, generation: int) -> bool:
-        return (row, generation) in self._lost
+        for row in (*step.rows.row, *step.samples.row):
+            if row in self.rows:
+                self.rows[row].lost = True
 
     def _apply(self, step: StepInput) -> None:
         for freed in step.freed_rows:
@@ -174,10 +173,7 @@ class HashExecutor:
             self.rows[index].token_ids[-1] = token
 
     def _take(self, new: NewRow) -> None:
-        before = self.rows.get(new.row)
-        self._require(before is None or before.generation < new.generation, f"row {new.row} is taken twice")
         self.rows[new.row] = DeviceRow(
-            new.generation,
             list(new.token_ids),
             new.num_prompt_tokens,
             new.params,
@@ -192,7 +188,6 @@ class HashExecutor:
         source = self.rows[fork.source]
         self.rows[fork.row] = replace(
             source,
-            generation=fork.generation,
             seed=choice_seed(source.request_seed, fork.choice),
             token_ids=list(source.token_ids),
             generated=list(source.generated),
@@ -222,15 +217,13 @@ class HashExecutor:
         self._require(decodes == sorted(decodes, reverse=True), "a row of several tokens before one of one token")
         ends = {row.row: row.start + row.num_tokens for row in step.rows}
         for row in step.rows:
-            if not self._is_lost(row.row, row.generation):
+            if not self.rows[row.row].lost:
                 self._check_row(row)
         for sample in step.samples:
             self._require(ends.get(sample.source) == sample.position, f"{sample} does not follow its source")
-            self._require(self.rows[sample.row].generation == sample.generation, f"{sample} of a dead generation")
 
     def _check_row(self, row: ScheduledRow) -> None:
         device = self.rows[row.row]
-        self._require(device.generation == row.generation, f"{row} of a dead generation")
         self._require(device.num_computed in (-1, row.start), f"{row}, but {device.num_computed} are computed")
         self._require(row.start + row.num_tokens <= len(device.token_ids), f"{row} of tokens that nobody knows")
         limit = self.capacity.max_model_len
@@ -250,10 +243,11 @@ class HashExecutor:
         for sample in step.samples:  # a fork is as far as its source
             self.rows[sample.row].num_computed = sample.position
         states = {row.row: values[row.row][-1] for row in step.rows}
-        return Handle(step, states, [p for row in step.rows for p in self._prompt_logprobs(row, values[row.row])])
+        told = [self._prompt_logprobs(index, row, values[row.row]) for index, row in enumerate(step.rows)]
+        return Handle(step, states, [one for part in told for one in part])
 
     def _inputs(self, row: ScheduledRow) -> list[int]:
-        if self._is_lost(row.row, row.generation):
+        if self.rows[row.row].lost:
             return [self._poison() for _ in range(row.num_tokens)]
         return self.rows[row.row].token_ids[row.start : row.start + row.num_tokens]
 
@@ -282,26 +276,28 @@ class HashExecutor:
             states.append(mix(value, position, *sums) if layer == 0 else mix(value, *sums))
         return states
 
-    def _prompt_logprobs(self, row: ScheduledRow, states: list[int]) -> list[PromptLogprobs]:
+    def _prompt_logprobs(self, index: int, row: ScheduledRow, states: list[int]) -> list[PromptLogprobs]:
         device = self.rows[row.row]
         end = min(row.start + row.num_tokens, device.num_prompt - 1)
         if device.params.prompt_logprobs is None or end <= row.start:
             return []
         targets = device.token_ids[row.start + 1 : end + 1]
         told = [told_logprob(state, token) for state, token in zip(states, targets, strict=False)]
-        return [PromptLogprobs(row.row, row.generation, row.start + 1, told)]
+        return [PromptLogprobs(index, row.start + 1, told)]
 
     def _sample(self, handle: Handle) -> StepOutput:
         step = handle.step
-        tokens: list[SampledToken] = []
+        tokens: list[int] = []
+        logprobs: list[TokenLogprob | None] = []
         for sample in step.samples:
             row = self.rows[sample.row]
-            state = self._poison() if self._is_lost(sample.row, sample.generation) else handle.states[sample.source]
+            state = self._poison() if row.lost else handle.states[sample.source]
             token = pick(state, row.seed, sample.position, row.params, row.generated)
             row.token_ids.append(token)
             row.generated = [*row.generated, token]
-            logprob = None if row.params.logprobs is None else told_logprob(state, token)
-            tokens.append(SampledToken(sample.row, sample.generation, token, logprob))
+            tokens.append(token)
+            logprobs.append(None if row.params.logprobs is None else told_logprob(state, token))
         if step.step_id in self.failed_steps:
             return StepOutput(step.step_id, error=f"step {step.step_id} failed")
-        return StepOutput(step.step_id, tokens, handle.prompt_logprobs)
+        asked = any(logprob is not None for logprob in logprobs)
+        return StepOutput(step.step_id, tokens, logprobs if asked else [], handle.prompt_logprobs)

@@ -43,25 +43,29 @@ def test_tables_grow_by_whole_blocks() -> None:
     blocks.check()
 
 
-def test_the_short_way_takes_the_places_left_in_the_last_block() -> None:
+def test_there_is_room_to_the_end_of_the_last_block() -> None:
     blocks = manager()
     blocks.admit(1)
-    assert not blocks.extend(1), "there is no block yet"
+    assert blocks.room(1) == 0, "there is no block yet"
     blocks.grow(1, 6)
-    assert [blocks.extend(1) for _ in range(4)] == [True, True, False, False]
+    assert blocks.room(1) == 8
+    blocks.advance(1, 8)
+    assert blocks.room(1) == 8
+    assert blocks.num_slots_wasted == 0
     assert blocks.grow(1, 9) == [TableEdit(0, 2, 3)]
-    assert blocks.extend(1)
+    assert blocks.room(1) == 12
+    assert blocks.num_slots_wasted == 3
     blocks.check()
 
 
-def test_the_short_way_leaves_blocks_alone_that_others_hold() -> None:
+def test_there_is_no_room_in_a_block_that_others_hold() -> None:
     blocks = manager()
     blocks.admit(1)
     blocks.grow(1, 6)
     blocks.fork(1, 2)
-    assert not blocks.extend(1) and not blocks.extend(2)
+    assert (blocks.room(1), blocks.room(2)) == (6, 6)
     blocks.free(2)
-    assert blocks.extend(1)
+    assert blocks.room(1) == 8
 
 
 def test_every_group_has_a_table_of_its_own() -> None:

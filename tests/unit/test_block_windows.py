@@ -39,13 +39,21 @@ def test_trimming_frees_once_and_full_groups_never() -> None:
     blocks.check()
 
 
-def test_the_short_way_ends_where_a_window_leaves_a_block_behind() -> None:
+def test_room_ends_where_a_window_leaves_a_block_behind() -> None:
     blocks = manager(20, FULL, WINDOW)
     blocks.admit(1)
     blocks.grow(1, 9)
-    assert not blocks.extend(1)
+    assert blocks.room(1) == 9, "a block is to be left behind now"
     assert blocks.trim(1) == [TableEdit(1, 0, NULL_BLOCK)]
-    assert [blocks.extend(1) for _ in range(4)] == [True, True, True, False]
+    assert blocks.room(1) == 12
+    wide = manager(20, KVGroup(7))
+    wide.admit(1)
+    wide.grow(1, 9)
+    assert wide.room(1) == 10, "the eleventh token sees the fifth and later ones, so no longer the first block"
+    wide.advance(1, 9)
+    assert wide.trim(1) == []
+    wide.advance(1, 10)
+    assert wide.trim(1) == [TableEdit(0, 0, NULL_BLOCK)]
     blocks.check()
 
 

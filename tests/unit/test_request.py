@@ -41,29 +41,9 @@ def test_a_sync_request_wants_nothing_while_a_token_is_in_flight() -> None:
     assert request.num_wanted == 0
 
 
-@pytest.mark.parametrize(
-    ("num_output", "num_in_flight", "num_computed", "decodes"),
-    [
-        (0, 0, 0, False),
-        (0, 0, 4, False),  # the prompt's last token
-        (0, 1, 5, True),
-        (1, 0, 5, True),
-        (2, 1, 7, True),
-        (2, 1, 6, False),  # two tokens, after a preemption
-        (4, 0, 8, False),
-        (3, 1, 8, False),
-    ],
-)
-def test_a_request_decodes_a_token_that_it_sampled(
-    num_output: int, num_in_flight: int, num_computed: int, decodes: bool
-) -> None:
+def test_the_last_token_of_a_request_is_never_computed() -> None:
     request = request_of()
-    request.output_token_ids = [70] * num_output
-    request.num_in_flight, request.num_computed = num_in_flight, num_computed
-    assert request.decodes == decodes
-    assert not decodes or request.num_wanted == 1
-    request.sync = True
-    assert request.decodes == (decodes and not num_in_flight)
+    assert request.last_computed == 5 + request.max_output_tokens - 1
 
 
 def test_hashes_cover_full_blocks_of_prompt_and_output() -> None:
@@ -108,8 +88,8 @@ def test_a_fork_is_another_choice_at_the_same_point() -> None:
     request.status = Status.RUNNING
     request.num_computed, request.num_cached, request.num_published, request.last_step = 4, 2, 1, 11
     request.extend_hashes(4)
-    child = request.fork(8, 2, 3, 6)
-    assert (child.id, child.key, child.choice, child.choices, child.row, child.generation) == ("a", 8, 2, 1, 3, 6)
+    child = request.fork(8, 2, 3)
+    assert (child.id, child.key, child.choice, child.choices, child.row) == ("a", 8, 2, 1, 3)
     for name in ("prompt_token_ids", "params", "max_output_tokens", "seed", "priority", "arrival", "cache_salt"):
         assert getattr(child, name) == getattr(request, name)
     for name in ("sync", "status", "num_computed", "num_cached", "hashes", "num_published", "last_step"):

@@ -1,4 +1,4 @@
-"""Rows and their generations."""
+"""Rows of the device tables."""
 
 import pytest
 from octavo.engine.rows import Rows
@@ -12,16 +12,13 @@ def test_rows_are_taken_from_the_first_on() -> None:
         rows.take()
 
 
-def test_a_row_is_taken_in_a_new_generation_each_time() -> None:
-    rows = Rows(2)
-    assert rows.generation(0) == 0
-    row = rows.take()
-    assert rows.generation(row) == 1
-    rows.release(row)
-    assert (rows.num_free, rows.generation(row)) == (2, 1)
-    assert rows.take() == row
-    assert rows.generation(row) == 2
-    assert rows.generation(1) == 0
+def test_the_row_given_back_last_is_taken_first() -> None:
+    rows = Rows(3)
+    for _ in range(3):
+        rows.take()
+    rows.release(0)
+    rows.release(1)
+    assert (rows.num_free, rows.take(), rows.take()) == (2, 1, 0)
 
 
 def test_freed_rows_are_told_once_and_in_order() -> None:

@@ -3,7 +3,7 @@
 import pytest
 from engine_helpers import Rig, capacity_of, rig_of, shares
 from octavo.engine.block_manager import KVGroup
-from octavo.engine.step import ForkRow, SampleRow, ScheduledRow, TableChange
+from octavo.engine.step import ForkRow, SampleRow, SampleRows, ScheduledRow, ScheduledRows, TableChange
 
 # -- forks -----------------------------------------------------------------------------------------------
 
@@ -12,12 +12,12 @@ def test_choices_fork_at_the_end_of_the_prompt_and_sample_from_its_row() -> None
     rig = rig_of(num_blocks=20, max_tokens=6)
     rig.add(9, n=3, max_tokens=3)
     step = rig.step()
-    assert (step.forks, step.samples, len(step.new_rows)) == ([], [], 1)
+    assert (step.forks, len(step.samples), len(step.new_rows)) == ([], 0, 1)
     assert rig.scheduler._rows.num_free == 8 - 3
     step = rig.step()
-    assert step.forks == [ForkRow(0, 1, 1, 1), ForkRow(0, 2, 1, 2)]
-    assert step.rows == [ScheduledRow(0, 1, 6, 3)]
-    assert step.samples == [SampleRow(1, 1, 0, 9), SampleRow(2, 1, 0, 9), SampleRow(0, 1, 0, 9)]
+    assert step.forks == [ForkRow(0, 1, 1), ForkRow(0, 2, 2)]
+    assert step.rows == ScheduledRows.of(ScheduledRow(0, 6, 3))
+    assert step.samples == SampleRows.of(SampleRow(1, 0, 9), SampleRow(2, 0, 9), SampleRow(0, 0, 9))
     assert step.table_changes == [
         TableChange(1, 0, 0, [1, 2, 3]),
         TableChange(2, 0, 0, [1, 2, 3]),

@@ -4,7 +4,7 @@ import pytest
 from engine_helpers import MAX_MODEL_LEN, Dictated, Rig, capacity_of
 from hash_oracle import EOS, STOP
 from octavo.engine.block_manager import KVGroup
-from octavo.engine.step import PromptLogprobs, SampledToken, StepOutput, TokenEvent, TokenLogprob
+from octavo.engine.step import PromptLogprobs, StepOutput, TokenEvent, TokenLogprob
 
 
 def ends(events: list[TokenEvent]) -> list[tuple[str | None, int | str | None]]:
@@ -31,10 +31,11 @@ def test_an_event_tells_the_token_and_choice_0_what_was_cached() -> None:
 def test_logprobs_come_with_their_token() -> None:
     rig = Dictated()
     rig.add(3)
-    step = rig.go()
+    rig.add(4)
+    rig.go()
     logprob = TokenLogprob(-0.5, 1, [50], [-0.5])
-    output = StepOutput(0, [SampledToken(step.rows[0].row, step.rows[0].generation, 50, logprob)])
-    assert rig.scheduler.update(output)[0].logprobs == [logprob]
+    events = rig.scheduler.update(StepOutput(0, [50, 51], [logprob, None]))
+    assert [event.logprobs for event in events] == [[logprob], []]
 
 
 def test_the_caches_counts_are_kept_until_newer_ones_come() -> None:
@@ -42,8 +43,8 @@ def test_the_caches_counts_are_kept_until_newer_ones_come() -> None:
     rig.add(3)
     found = []
     for number, counts in enumerate([(2, 100), None, (2, 250)]):
-        (row,) = rig.go().rows
-        rig.scheduler.update(StepOutput(number, [SampledToken(row.row, row.generation, 50)], kv_counts=counts))
+        rig.go()
+        rig.scheduler.update(StepOutput(number, [50], kv_counts=counts))
         stats = rig.scheduler.snapshot()
         found.append((stats.num_kv_clipped, stats.num_kv_written))
     assert found == [(2, 100), (2, 100), (2, 250)]
@@ -112,7 +113,7 @@ def test_late_tokens_are_not_taken_for_those_of_the_rows_next_owner() -> None:
     rig.answer(EOS)
     rig.add(3, name="b", max_tokens=1)
     step = rig.go()
-    assert [(row.row, row.generation) for row in step.rows] == [(0, 2)]
+    assert [(row.row, row.start) for row in step.rows] == [(0, 0)]
     assert rig.answer(51) == []
     assert rig.answer(52) == [TokenEvent("b", 0, [52], finish_reason="length", num_cached_tokens=0)]
     rig.verify_idle()
@@ -211,24 +212,24 @@ def test_what_was_told_of_the_prompt_is_cut_from_a_longer_chunk() -> None:
     rig.add(9, name="a", prompt_logprobs=1)
     told = [TokenLogprob(-float(i), 1, [], []) for i in range(9)]
 
-    def prompt(start: int, end: int, generation: int = 1) -> list[TokenEvent]:
-        step = rig.go()
+    def prompt(start: int, end: int) -> list[TokenEvent]:
+        tokens = [50] * len(rig.go().samples)
         return rig.scheduler.update(
-            StepOutput(step.step_id, prompt_logprobs=[PromptLogprobs(0, generation, start, told[start:end])])
+            StepOutput(rig.in_flight.pop().step_id, tokens, [], [PromptLogprobs(0, start, told[start:end])])
         )
 
     assert prompt(1, 5) == [TokenEvent("a", 0, [], prompt_logprobs=told[1:5], num_cached_tokens=0)]
     assert prompt(3, 5) == []
-    assert prompt(2, 7) == [TokenEvent("a", 0, [], prompt_logprobs=told[5:7], num_cached_tokens=0)]
+    assert prompt(2, 7)[0] == TokenEvent("a", 0, [], prompt_logprobs=told[5:7], num_cached_tokens=0)
 
 
-def test_prompt_logprobs_of_a_dead_generation_are_dropped() -> None:
+def test_prompt_logprobs_of_a_request_that_has_ended_are_dropped() -> None:
     rig = Dictated()
     rig.add(3, name="a", prompt_logprobs=1)
     step = rig.go()
     rig.scheduler.abort("a")
-    dead = PromptLogprobs(0, 1, 1, [TokenLogprob(-1.0, 1, [], [])])
-    assert rig.scheduler.update(StepOutput(step.step_id, prompt_logprobs=[dead])) == []
+    dead = PromptLogprobs(0, 1, [TokenLogprob(-1.0, 1, [], [])])
+    assert rig.scheduler.update(StepOutput(step.step_id, [50], [], [dead])) == []
 
 
 # -- rows that wait for the host -------------------------------------------------------------------------

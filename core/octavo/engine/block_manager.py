@@ -4,6 +4,7 @@ PagedAttention (Kwon et al. 2023, §4.2-4.4): a table maps a request's logical b
 and the first writer copies. All groups draw from one pool.
 """
 
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -127,21 +128,29 @@ class BlockManager:
         tables.num_tokens = max(tables.num_tokens, end)
         return edits
 
-    def extend(self, key: int) -> bool:
-        """Make room to write one more token where that changes no table; False, with nothing changed, where it would.
+    def room(self, key: int) -> int:
+        """Up to how many tokens `key` may write, one by one, without a change to its tables.
 
-        The short way of most requests in most steps, which `trim` and `grow` would find as well: the token's place is
-        in the last block of each table, which is the request's own, and no window leaves a block behind.
+        They have their places in the last block of each table, which is its own, and no window leaves a block behind.
+        `advance` says later how many of them were written; until then `grow` and `trim` would have nothing to do.
         """
         tables = self._tables[key]
-        index, refs = tables.num_tokens // self.block_size, self.pool.refs
-        for table in tables.blocks:
-            if len(table) != index + 1 or refs(table[index]) != 1:
-                return False
-        if self._has_windows and self._num_unseen(tables) != tables.num_trimmed:
-            return False
-        tables.num_tokens += 1
-        return True
+        end = tables.num_tokens
+        if any(not table or self.pool.refs(table[-1]) != 1 for table in tables.blocks):
+            return end
+        rooms = [len(table) * self.block_size for table in tables.blocks]
+        if self._has_windows:
+            rooms += map(self._leaves_block, range(len(self.groups)), tables.num_trimmed)
+        return max(end, min(rooms))
+
+    def _leaves_block(self, group: int, num_trimmed: int) -> int:
+        """The number of tokens from which on no later query sees one block more than `num_trimmed`."""
+        window = self.groups[group].window
+        return sys.maxsize if window is None else (num_trimmed + 1) * self.block_size + window - 1
+
+    def advance(self, key: int, num_tokens: int) -> None:
+        """`key` has written up to `num_tokens` tokens, into places that `room` told of."""
+        self._tables[key].num_tokens = num_tokens
 
     def _plan(self, table: list[int], num_tokens: int, num_blocks: int) -> list[int]:
         """Indices that need a block of their own: shared ones about to be written, then those past the table's end."""

@@ -1,6 +1,6 @@
 """A request as the scheduler sees it: one choice, its tokens, and how far they are computed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from octavo.engine.block_manager import chain_hash
@@ -20,9 +20,10 @@ class Request:
     """One choice of a user's request.
 
     `num_computed` tokens have their KV computed by submitted steps; `num_in_flight` tokens are sampled by submitted
-    steps whose output is not back. `choices` is the number of choices that fork off at the end of the prompt (1 =
-    none). `shared_step` is the step in which it last began on blocks that others fill (a prefix hit, a fork), -1 if on
-    none.
+    steps whose output is not back. While `num_computed` is below `steady_end` it decodes, one token a step, in blocks
+    that it has. `stops` are the tokens that may end it. `choices` is the number of choices that fork off at the end of
+    the prompt (1 = none). `shared_step` is the step in which it last began on blocks that others fill (a prefix hit, a
+    fork), -1 if on none.
     """
 
     id: str
@@ -37,14 +38,15 @@ class Request:
     arrival: int = 0
     cache_salt: str = ""
     sync: bool = False
+    stops: frozenset[int] = frozenset()
 
     status: Status = Status.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_in_flight: int = 0
+    steady_end: int = 0
     num_cached: int | None = None
     row: int = -1
-    generation: int = -1
     spare_rows: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
@@ -76,12 +78,9 @@ class Request:
         return len(self.prompt_token_ids) + num_output - self.num_computed
 
     @property
-    def decodes(self) -> bool:
-        """Whether it wants one token now, and that one is a token which it sampled."""
-        num_output = len(self.output_token_ids) + self.num_in_flight
-        if not 0 < num_output < self.max_output_tokens or (self.sync and self.num_in_flight):
-            return False
-        return self.num_computed + 1 == len(self.prompt_token_ids) + num_output
+    def last_computed(self) -> int:
+        """How many of its tokens are ever computed, if no stop comes: all but the last."""
+        return len(self.prompt_token_ids) + self.max_output_tokens - 1
 
     @property
     def finished(self) -> bool:
@@ -110,37 +109,29 @@ class Request:
             return self.output_token_ids[start - len(prompt) : end - len(prompt)]
         return prompt[start:end] + self.output_token_ids[: max(0, end - len(prompt))]
 
-    def fork(self, key: int, choice: int, row: int, generation: int) -> "Request":
+    def fork(self, key: int, choice: int, row: int) -> "Request":
         """Another choice of the same prompt, at the same point, in a row of its own."""
-        return Request(
-            self.id,
-            key,
-            self.prompt_token_ids,
-            self.params,
-            self.max_output_tokens,
-            self.seed,
+        return replace(
+            self,
+            key=key,
             choice=choice,
-            priority=self.priority,
-            arrival=self.arrival,
-            cache_salt=self.cache_salt,
-            sync=self.sync,
-            status=self.status,
-            num_computed=self.num_computed,
-            num_cached=self.num_cached,
+            choices=1,
             row=row,
-            generation=generation,
+            spare_rows=[],
+            output_token_ids=[],
+            num_in_flight=0,
+            steady_end=0,
             hashes=list(self.hashes),
-            num_published=self.num_published,
-            last_step=self.last_step,
+            num_prompt_logprobs=0,
             shared_step=self.last_step,
         )
 
     def stop_reason(self, token_id: int, eos_token_ids: frozenset[int]) -> tuple[str, int | None] | None:
         """(finish reason, stop token) if the output, which ends in `token_id`, is complete."""
-        num_output = len(self.output_token_ids)
-        if num_output >= self.params.min_tokens:
-            if token_id in eos_token_ids and not self.params.ignore_eos:
+        num_output, params = len(self.output_token_ids), self.params
+        if num_output >= params.min_tokens:
+            if token_id in eos_token_ids and not params.ignore_eos:
                 return "stop", None
-            if token_id in self.params.stop_token_ids:
+            if token_id in params.stop_token_ids:
                 return "stop", token_id
         return ("length", None) if num_output >= self.max_output_tokens else None

@@ -1,12 +1,11 @@
-"""Rows of the device tables: each running request has one, with a generation that tells it from its predecessors."""
+"""Rows of the device tables: each running request has one."""
 
 
 class Rows:
-    """`num_rows` rows. A row is reused with the next generation, so that late outputs of its predecessor are known."""
+    """`num_rows` rows, the one given back last to be taken first."""
 
     def __init__(self, num_rows: int) -> None:
         self._free = list(range(num_rows - 1, -1, -1))
-        self._generations = [0] * num_rows
         self._freed: list[int] = []
 
     @property
@@ -15,14 +14,8 @@ class Rows:
         return len(self._free)
 
     def take(self) -> int:
-        """A free row, in a new generation."""
-        row = self._free.pop()
-        self._generations[row] += 1
-        return row
-
-    def generation(self, row: int) -> int:
-        """The row's current generation."""
-        return self._generations[row]
+        """A free row."""
+        return self._free.pop()
 
     def release(self, row: int) -> None:
         """Give the row back; the next step tells the device."""

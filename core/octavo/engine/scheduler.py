@@ -6,7 +6,9 @@ request has tokens computed and tokens wanted, and each step hands out a token b
 
 from bisect import insort
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import repeat
 
 from octavo.engine.block_manager import BlockManager, TableEdit
 from octavo.engine.request import Request, Status
@@ -15,12 +17,11 @@ from octavo.engine.step import (
     EngineStats,
     NewRow,
     PromptLogprobs,
-    SampledToken,
-    SampleRow,
     ScheduledRow,
     StepInput,
     StepOutput,
     TokenEvent,
+    TokenLogprob,
 )
 from octavo.engine.step_builder import StepBuilder
 
@@ -53,17 +54,26 @@ class Counters:
 
 @dataclass(slots=True)
 class _InFlight:
-    """A submitted step and the requests that compute in it."""
+    """A submitted step, its requests in the order of its rows, and those of its samples.
+
+    None stands for a request that was begun anew since: what the step gives it is void.
+    """
 
     step_id: int
-    requests: list[Request]
+    requests: list[Request | None]
+    sampled: list[Request | None]
+
+    def forget(self, lost: list[Request]) -> None:
+        """What the step gives these requests is void."""
+        self.requests = [None if request in lost else request for request in self.requests]
+        self.sampled = [None if request in lost else request for request in self.sampled]
 
 
 class Scheduler:
     """Requests in, StepInputs out; StepOutputs in, events out.
 
-    `schedule` may be called again before the output of the last step is known. Outputs are matched by (row,
-    generation), and those of a request that has ended meanwhile are dropped.
+    `schedule` may be called again before the output of the last step is known. It is remembered whose rows and samples
+    a step holds, and what it gives to a request that has ended meanwhile is dropped.
     """
 
     def __init__(
@@ -80,7 +90,6 @@ class Scheduler:
         self.counters = Counters()
         self.started: list[str] = []
         self._rows = Rows(limits.max_requests)
-        self._live: dict[tuple[int, int], Request] = {}
         self._in_flight: deque[_InFlight] = deque()
         self._events: list[TokenEvent] = []
         self._step_id = 0
@@ -96,6 +105,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request, behind its equals."""
         request.arrival = request.key
+        eos = frozenset[int]() if request.params.ignore_eos else self.eos_token_ids
+        request.stops = eos.union(request.params.stop_token_ids) if request.params.stop_token_ids else eos
         self._enqueue(request)
         self.counters.num_prompt_tokens += request.num_prompt
 
@@ -125,12 +136,12 @@ class Scheduler:
         preempted = self._schedule_running(step)
         if not preempted:
             self._schedule_waiting(step)
-        if not step.requests:
+        if step.budget == self.limits.max_tokens:
             return None
         for child in step.children:
             insort(self.running, child, key=self._order)
         self._step_id += 1
-        self._in_flight.append(_InFlight(step.step_id, step.requests))
+        self._in_flight.append(_InFlight(step.step_id, [*step.requests], [*step.sampled]))
         self.counters.num_steps += 1
         self.counters.num_copies += len(step.copies)
         self.counters.num_prompt_tokens_computed += step.num_prompt_tokens
@@ -141,13 +152,15 @@ class Scheduler:
         index = 0
         while index < len(self.running) and step.budget:
             request = self.running[index]
-            if self._decode(step, request):
+            if request.num_computed < request.steady_end:
+                self._decode(step, request)
                 index += 1
                 continue
             num_tokens = self._share(request, step)
             if num_tokens == 0:
                 index += 1
                 continue
+            self.blocks.advance(request.key, request.num_computed)
             step.edit(request.row, self.blocks.trim(request.key))
             edits = self.blocks.grow(request.key, request.num_computed + num_tokens)
             if edits is None:
@@ -158,20 +171,14 @@ class Scheduler:
             index += 1
         return preempted
 
-    def _decode(self, step: StepBuilder, request: Request) -> bool:
-        """Book a request that decodes in blocks which it has; False, with nothing changed, if it is none of these.
-
-        The short way of most requests in most steps: `_compute` comes to the same.
-        """
-        if not request.decodes or not self.blocks.extend(request.key):
-            return False
-        step.decode(request)
+    def _decode(self, step: StepBuilder, request: Request) -> None:
+        """Book a steady request. The short way of most requests in most steps: `_compute` comes to the same."""
         request.num_computed += 1
         request.num_in_flight += 1
         request.last_step = step.step_id
-        if request.num_computed % self.blocks.block_size == 0:
+        step.decode(request)
+        if request.num_computed == request.steady_end:
             self._publish(request)
-        return True
 
     def _youngest(self) -> Request:
         return max(self.running, key=self._order)
@@ -217,7 +224,6 @@ class Scheduler:
     def _start(self, step: StepBuilder, request: Request, num_hits: int) -> None:
         rows = [self._rows.take() for _ in range(request.choices)]
         request.row, request.spare_rows = rows[0], rows[1:]
-        request.generation = self._rows.generation(request.row)
         request.status = Status.RUNNING
         request.num_published = num_hits
         request.shared_step = step.step_id if num_hits else -1
@@ -225,12 +231,10 @@ class Scheduler:
             request.num_cached = min(request.num_computed, request.num_prompt)
             self.counters.num_cached_tokens += request.num_cached
             self.started.append(request.id)
-        self._live[request.row, request.generation] = request
         insort(self.running, request, key=self._order)
         step.new_rows.append(
             NewRow(
                 request.row,
-                request.generation,
                 request.known_token_ids(),
                 request.num_prompt,
                 [list(table) for table in self.blocks.tables(request.key)],
@@ -242,27 +246,26 @@ class Scheduler:
 
     def _compute(self, step: StepBuilder, request: Request, num_tokens: int, edits: list[TableEdit]) -> None:
         """Book `num_tokens` of the request, whose blocks are there, into the step."""
-        start = request.num_computed
-        row = ScheduledRow(request.row, request.generation, start, num_tokens)
-        step.add(row, request)
+        step.add(ScheduledRow(request.row, request.num_computed, num_tokens), request)
         request.num_computed += num_tokens
         request.last_step = step.step_id
         self._publish(request)
         if request.num_computed == request.num_tokens:
             self._sample(step, request)
+            if not request.sync:
+                request.steady_end = min(self.blocks.room(request.key), request.last_computed)
         step.edit(request.row, edits)
 
     def _sample(self, step: StepBuilder, request: Request) -> None:
         """The step reaches the request's last token: it samples, for every choice."""
         position = request.num_tokens
         for choice, row in enumerate(request.spare_rows, 1):
-            child = request.fork(self.new_key(), choice, row, self._rows.generation(row))
+            child = request.fork(self.new_key(), choice, row)
             self.blocks.fork(request.key, child.key)
-            self._live[child.row, child.generation] = child
             step.fork(request, child, position, self.blocks.tables(child.key))
             child.num_in_flight = 1
         request.choices, request.spare_rows = 1, []
-        step.samples.append(SampleRow(request.row, request.generation, request.row, position))
+        step.sample(request, request.row, position)
         request.num_in_flight += 1
 
     def _publish(self, request: Request) -> None:
@@ -276,9 +279,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Take a running request's blocks and row; it is recomputed once its in-flight steps are updated."""
         self._leave(request)
-        if not request.num_in_flight:
-            del self._live[request.row, request.generation]
-        request.num_computed = request.num_published = 0
+        request.num_computed = request.num_published = request.steady_end = 0
         self._enqueue(request)
         self.counters.num_preemptions += 1
 
@@ -300,17 +301,16 @@ class Scheduler:
         else:
             self.blocks.settle(step.step_id)
             for prompt in output.prompt_logprobs:
-                self._take_prompt(prompt)
-            for token in output.tokens:
-                self._take(token)
+                self._take_prompt(step.requests[prompt.index], prompt)
+            self._take(step.sampled, output.token_ids, output.logprobs or repeat(None, len(output.token_ids)))
             if output.kv_counts is not None:
                 self.counters.num_kv_clipped, self.counters.num_kv_written = output.kv_counts
         events, self._events = self._events, []
         return events
 
-    def _take_prompt(self, prompt: PromptLogprobs) -> None:
-        request = self._live.get((prompt.row, prompt.generation))
-        if request is None or request.choice:  # a preempted choice computes the prompt too, which choice 0 tells
+    def _take_prompt(self, request: Request | None, prompt: PromptLogprobs) -> None:
+        # A preempted choice computes the prompt too, which choice 0 tells.
+        if request is None or request.finished or request.choice:
             return
         # After a preemption the prompt is computed again; what was told stays told.
         news = prompt.logprobs[max(0, request.num_prompt_logprobs - prompt.start) :]
@@ -318,31 +318,34 @@ class Scheduler:
             request.num_prompt_logprobs = prompt.start + len(prompt.logprobs)
             self._tell(request, []).prompt_logprobs.extend(news)
 
-    def _take(self, token: SampledToken) -> None:
-        request = self._live.get((token.row, token.generation))
-        if request is None:
-            return
-        request.num_in_flight -= 1
-        request.output_token_ids.append(token.token_id)
-        self.counters.num_generated_tokens += 1
-        stop = request.stop_reason(token.token_id, self.eos_token_ids)
-        if request.status is Status.RUNNING:
-            if request.num_known % self.blocks.block_size == 0:
+    def _take(
+        self, sampled: list[Request | None], token_ids: list[int], logprobs: Iterable[TokenLogprob | None]
+    ) -> None:
+        """Each request's token. What is done for all of them is all done here: it is a good part of a step."""
+        finished, running, block_size = Status.FINISHED, Status.RUNNING, self.blocks.block_size
+        num_before = len(self._events)
+        for request, token_id, logprob in zip(sampled, token_ids, logprobs, strict=True):
+            if request is None or request.status is finished:
+                continue
+            output = request.output_token_ids
+            output.append(token_id)
+            request.num_in_flight -= 1
+            if (len(request.prompt_token_ids) + len(output)) % block_size == 0 and request.status is running:
                 self._publish(request)
-        elif request.num_in_flight == 0:
-            del self._live[token.row, token.generation]
-        event = self._tell(request, [token.token_id])
-        if token.logprob is not None:
-            event.logprobs.append(token.logprob)
-        if stop is not None:
-            event.finish_reason, event.stop_reason = stop
-            self._finish(request)
+            event = self._tell(request, [token_id])
+            if logprob is not None:
+                event.logprobs.append(logprob)
+            if len(output) >= request.max_output_tokens or token_id in request.stops:
+                stop = request.stop_reason(token_id, self.eos_token_ids)
+                if stop is not None:
+                    event.finish_reason, event.stop_reason = stop
+                    self._finish(request)
+        self.counters.num_generated_tokens += len(self._events) - num_before
 
     def _tell(self, request: Request, token_ids: list[int]) -> TokenEvent:
         """A new event of the request, for the caller to complete."""
-        event = TokenEvent(request.id, request.choice, token_ids)
-        if request.choice == 0:
-            event.num_cached_tokens = request.num_cached
+        num_cached = None if request.choice else request.num_cached
+        event = TokenEvent(request.id, request.choice, token_ids, num_cached_tokens=num_cached)
         self._events.append(event)
         return event
 
@@ -352,28 +355,30 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         request.status = Status.FINISHED
-        self._live.pop((request.row, request.generation), None)
 
     def _fail(self, step: _InFlight, error: str) -> None:
         """End the step's requests, and restart those that may have built on blocks which it should have filled."""
         self.blocks.withdraw_since(step.step_id)
         for request in step.requests:
-            if not request.finished:
+            if request is not None and not request.finished:
                 self._finish(request)
                 # Choices that have not forked off yet end with it.
                 for choice in range(request.choice, request.choice + request.choices):
                     self._events.append(TokenEvent(request.id, choice, [], finish_reason="error", error=error))
-        for request in [r for r in (*self.running, *self.waiting) if r.shared_step > step.step_id]:
+        lost = [request for request in (*self.running, *self.waiting) if request.shared_step > step.step_id]
+        for later in self._in_flight:
+            later.forget(lost)
+        for request in lost:
             request.num_in_flight = 0
             if request.status is Status.RUNNING:
                 self._preempt(request)
-            else:
-                self._live.pop((request.row, request.generation), None)
 
     # -- accounts ---------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> EngineStats:
         """Counters and gauges now."""
+        for request in self.running:
+            self.blocks.advance(request.key, request.num_computed)
         slots, wasted = self.blocks.num_slots_used, self.blocks.num_slots_wasted
         pool = self.blocks.pool
         return EngineStats(

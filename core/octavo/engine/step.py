@@ -3,12 +3,22 @@
 A recorded sequence of StepInputs replays a run. A StepInput holds no sampled token: a decoding row's input is the token
 that the device sampled for it last, which is what lets step n+1 be submitted before the output of step n is known.
 
-Those made for each row of each step are not frozen, since that would double what they cost; nobody changes them.
+What every request is part of in every step lies in columns, which cost a fraction of as many objects; what is made for
+each row is not frozen, since that would double what it costs. Nobody changes either.
 """
 
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+
+import msgspec
 
 from octavo.sampling_params import SamplingParams
+
+
+def _ints() -> "array[int]":
+    return array("i")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +30,6 @@ class NewRow:
     """
 
     row: int
-    generation: int
     token_ids: list[int]
     num_prompt_tokens: int
     blocks: list[list[int]]
@@ -35,7 +44,6 @@ class ForkRow:
 
     source: int
     row: int
-    generation: int
     choice: int
 
 
@@ -58,27 +66,79 @@ class BlockCopy:
     target: int
 
 
-@dataclass(slots=True)
-class ScheduledRow:
+class ScheduledRow(NamedTuple):
     """Row `row` computes `num_tokens` tokens from position `start`.
 
     Positions at or past the row's `token_ids` take the token that the device sampled for that position.
     """
 
     row: int
-    generation: int
     start: int
     num_tokens: int
 
 
-@dataclass(slots=True)
-class SampleRow:
+class SampleRow(NamedTuple):
     """Sample the token of `row` at `position` from the logits of the last token of `source`'s part of the batch."""
 
     row: int
-    generation: int
     source: int
     position: int
+
+
+R = TypeVar("R", bound=tuple[int, ...])
+
+
+class _Columns(Generic[R]):
+    """Rows of ints, a column for each field."""
+
+    one: ClassVar[Callable[..., Any]]
+
+    @classmethod
+    def of(cls, *rows: R) -> Self:
+        """Columns of these rows."""
+        columns = cls()
+        columns.extend(rows)
+        return columns
+
+    def _columns(self) -> "tuple[array[int], ...]":
+        return tuple(getattr(self, one.name) for one in fields(self))  # type: ignore[arg-type]
+
+    def extend(self, rows: Iterable[R]) -> None:
+        """These rows as well."""
+        for column, values in zip(self._columns(), zip(*rows, strict=True), strict=False):
+            column.extend(values)
+
+    def __len__(self) -> int:
+        return len(self._columns()[0])
+
+    def __getitem__(self, index: int) -> R:
+        row: R = type(self).one(*(column[index] for column in self._columns()))
+        return row
+
+    def __iter__(self) -> Iterator[R]:
+        return map(type(self).one, *self._columns())
+
+
+@dataclass(slots=True)
+class ScheduledRows(_Columns[ScheduledRow]):
+    """The ScheduledRows of a step, in columns."""
+
+    one = ScheduledRow
+
+    row: "array[int]" = field(default_factory=_ints)
+    start: "array[int]" = field(default_factory=_ints)
+    num_tokens: "array[int]" = field(default_factory=_ints)
+
+
+@dataclass(slots=True)
+class SampleRows(_Columns[SampleRow]):
+    """The SampleRows of a step, in columns."""
+
+    one = SampleRow
+
+    row: "array[int]" = field(default_factory=_ints)
+    source: "array[int]" = field(default_factory=_ints)
+    position: "array[int]" = field(default_factory=_ints)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +156,13 @@ class StepInput:
     table_changes: list[TableChange] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
     set_tokens: list[tuple[int, int]] = field(default_factory=list)
-    rows: list[ScheduledRow] = field(default_factory=list)
-    samples: list[SampleRow] = field(default_factory=list)
+    rows: ScheduledRows = field(default_factory=ScheduledRows)
+    samples: SampleRows = field(default_factory=SampleRows)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
-        return sum(row.num_tokens for row in self.rows)
+        return sum(self.rows.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +175,14 @@ class TokenLogprob:
     top_logprobs: list[float]
 
 
-@dataclass(slots=True)
-class SampledToken:
-    """A row's token of this step. `position` is the token's place in the request, prompt included."""
-
-    row: int
-    generation: int
-    token_id: int
-    logprob: TokenLogprob | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Logprobs of the prompt tokens at positions `start`, `start` + 1, ... given the tokens before them."""
+    """Logprobs of the prompt tokens at positions `start`, `start` + 1, ... given the tokens before them.
 
-    row: int
-    generation: int
+    `index` is the place of their row among the step's.
+    """
+
+    index: int
     start: int
     logprobs: list[TokenLogprob]
 
@@ -139,19 +191,20 @@ class PromptLogprobs:
 class StepOutput:
     """What a step gave. `error` fails every request of the step.
 
-    `kv_counts` are the values that a KV cache in codes has clipped and all that it has written since it was made; not
-    every step brings them.
+    `token_ids` are those of the step's samples, in their order, and so are `logprobs`, which are none where nobody
+    asked for any. `kv_counts` are the values that a KV cache in codes has clipped and all that it has written since it
+    was made; not every step brings them.
     """
 
     step_id: int
-    tokens: list[SampledToken] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob | None] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     error: str | None = None
     kv_counts: tuple[int, int] | None = None
 
 
-@dataclass(slots=True)
-class TokenEvent:
+class TokenEvent(msgspec.Struct):
     """News of one choice of a request, from the engine to whoever asked.
 
     `finish_reason` is None while the choice goes on. `num_cached_tokens` is told by choice 0.
@@ -160,8 +213,8 @@ class TokenEvent:
     request_id: str
     choice: int
     token_ids: list[int]
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = []
+    prompt_logprobs: list[TokenLogprob] = []
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int | None = None

@@ -1,6 +1,5 @@
 """The runner's persistent buffers, and the way from a StepInput to a Batch."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,9 +7,9 @@ import numpy.typing as npt
 import torch
 
 from octavo.batch import Batch, BatchShape
-from octavo.engine.step import ScheduledRow, StepInput
-from octavo.runtime.rows import Row
-from octavo.runtime.transfer import Array, Packet, padded_bytes, to_device
+from octavo.engine.step import ScheduledRows, StepInput
+from octavo.runtime.rows import RowTable
+from octavo.runtime.transfer import Packet, Size, padded_bytes, to_device
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
@@ -50,6 +49,7 @@ class BatchBuffers:
         self.tables = [ints(max_requests + 1, max_blocks) for _ in range(num_groups)]
         self.last_token = ints(max_requests + 1)
         self._gathered = [ints(max_requests, max_blocks) for _ in range(num_groups)]
+        self._numbers = np.arange(max(max_requests, max_tokens) + 1, dtype=np.int32)
         self._edits: list[list[Longs]] = [[] for _ in range(num_groups)]
         self._packet = Packet(_packet_bytes(max_requests, max_tokens, num_groups), device)
 
@@ -78,22 +78,25 @@ class BatchBuffers:
                 table.view(-1).index_copy_(0, both[0], both[1].int())
                 edits.clear()
 
-    def prepare(self, step: StepInput, rows: Mapping[int, Row], shape: BatchShape | None = None) -> Prepared:
+    def prepare(self, step: StepInput, rows: RowTable, shape: BatchShape | None = None) -> Prepared:
         """The batch of a step, padded to `shape` where that is given.
 
         Batches of one shape lie at the same addresses; all that comes from the host comes in one copy.
         """
         self._send_edits()
-        lengths = _Lengths.of(step.rows, self.padding_row, shape)
-        shape = shape or shape_of(step)
-        tokens, targets = _tokens(step.rows, rows, lengths, shape.num_tokens)
-        token_rows, positions = lengths.token_rows, lengths.positions(shape.num_tokens)
-        slots = [self._slots(table, token_rows, positions) for table in self.tables_host]
-        samples = np.array([sample.row for sample in step.samples], dtype=np.int64)
-        host: list[Array] = [*slots, targets, tokens, positions, lengths.query_start, lengths.seq_lens, lengths.rows]
-        views = self._packet.send([*host, samples, lengths.last_tokens(step)])
-        target, token, position, query_start, seq_lens, row_index, sample_rows, sample_index = views[len(slots) :]
+        padded, shape = shape, shape or shape_of(step)
+        arrays = self._packet.open(_sizes(shape, len(step.samples.row), len(self.tables)))
+        host = _Host(arrays[:-_OTHERS], *arrays[-_OTHERS:])
+        self._fill_lengths(host, step.rows, padded)
+        token_rows = self._fill_positions(host, step.rows)
+        for slots, table in zip(host.slots, self.tables_host, strict=True):
+            self._fill_slots(slots, table, token_rows, host.positions)
+        _fill_samples(host, step)
+        _fill_tokens(host, step.rows, rows)
+        views = self._packet.send()
+        target, sample_rows, token, position, query_start, seq_lens, row_index, sample_index = views[-_OTHERS:]
         token.index_copy_(0, target, self.last_token.index_select(0, row_index))
+        seq_lens_host = host.seq_lens.tolist()
         batch = Batch(
             shape,
             token[: shape.num_tokens],
@@ -101,119 +104,127 @@ class BatchBuffers:
             query_start,
             seq_lens,
             row_index,
-            tuple(self._gather(group, row_index, lengths) for group in range(len(slots))),
-            tuple(views[: len(slots)]),
+            tuple(self._gather(group, row_index, seq_lens_host) for group in range(len(self.tables))),
+            tuple(views[:-_OTHERS]),
             sample_index,
-            lengths.query_start.tolist(),
-            lengths.seq_lens.tolist(),
+            host.query_start.tolist(),
+            seq_lens_host,
         )
         return Prepared(batch, sample_rows)
 
     def padding(self, shape: BatchShape) -> Batch:
         """A batch of nothing but padding, where all batches of `shape` lie."""
-        return self.prepare(StepInput(-1), {}, shape).batch
+        return self.prepare(StepInput(-1), RowTable(0), shape).batch
 
-    def _slots(self, table: Ints, token_rows: Ints, positions: Ints) -> Longs:
-        """Where each token's K and V go [T]; -1 for padding."""
-        slots = np.empty(len(positions), dtype=np.int64)
+    def _fill_lengths(self, host: "_Host", rows: ScheduledRows, padded: BatchShape | None) -> None:
+        """Rows, starts of queries and lengths, those of padding too: in a graph of decodes it has a token each."""
+        num_live, size = len(rows.row), len(host.row_index)
+        host.row_index[:num_live] = rows.row
+        host.row_index[num_live:] = self.padding_row
+        host.seq_lens[:num_live] = rows.start
+        host.seq_lens[:num_live] += np.asarray(rows.num_tokens)
+        host.seq_lens[num_live:] = 0
+        if _one_each(rows) and (num_live == size or (padded and padded.num_decodes == size)):
+            host.query_start[:] = self._numbers[: size + 1]
+        else:
+            host.query_start[0] = 0
+            np.cumsum(rows.num_tokens, out=host.query_start[1 : num_live + 1])
+            host.query_start[num_live + 1 :] = host.query_start[num_live]
+
+    def _fill_positions(self, host: "_Host", rows: ScheduledRows) -> Ints:
+        """Each token's place in its request, 0 for padding; the row of each token that is no padding."""
+        num_live = len(rows.row)
+        token_rows = host.row_index[:num_live]
+        if _one_each(rows):
+            host.positions[:num_live] = rows.start
+        else:
+            firsts = (rows.start - host.query_start[:num_live]).repeat(rows.num_tokens)
+            token_rows = token_rows.repeat(rows.num_tokens)
+            np.add(self._numbers[: len(firsts)], firsts, out=host.positions[: len(firsts)])
+        host.positions[len(token_rows) :] = 0
+        return token_rows
+
+    def _fill_slots(self, slots: Longs, table: Ints, token_rows: Ints, positions: Ints) -> None:
+        """Where each token's K and V go; -1 for padding."""
         live = slots[: len(token_rows)]
         indices, offsets = np.divmod(positions[: len(token_rows)], self.block_size)
-        live[:] = table[token_rows, indices]
-        live *= self.block_size
+        np.multiply(table[token_rows, indices], self.block_size, out=live)
         live += offsets
         slots[len(token_rows) :] = -1
-        return slots
 
-    def _gather(self, group: int, row_index: torch.Tensor, lengths: "_Lengths") -> torch.Tensor:
+    def _gather(self, group: int, row_index: torch.Tensor, seq_lens: list[int]) -> torch.Tensor:
         """The requests' block tables [R, B]: on a GPU all entries, so that strides and addresses stay."""
         table = self.tables[group]
         if self.device.type == "cpu":
-            width = -(-int(lengths.seq_lens.max()) // self.block_size)
-            return table[:, :width].index_select(0, row_index)
+            return table[:, : -(-max(seq_lens) // self.block_size)].index_select(0, row_index)
         return torch.index_select(table, 0, row_index, out=self._gathered[group][: len(row_index)])
 
 
 def shape_of(step: StepInput) -> BatchShape:
     """The shape of a step's batch without padding."""
-    counts = [row.num_tokens for row in step.rows]
+    counts = step.rows.num_tokens
     return BatchShape(sum(counts), len(counts), max(counts), counts.count(1))
 
 
 @dataclass(frozen=True, slots=True)
-class _Lengths:
-    """Each request's row, tokens before the step, and tokens of the step; the first `num_live` are no padding."""
+class _Host:
+    """What the host sends of a batch; besides the batch's own: for each request the place of its token that the device
+    sampled (T for none), and the rows that are sampled."""
 
-    num_live: int
-    one_each: bool
-    """Whether each request that is no padding has one token."""
-    rows: Ints
-    starts: Ints
-    counts: Ints
+    slots: list[Longs]
+    targets: Longs
+    sample_rows: Longs
+    tokens: Ints
+    positions: Ints
     query_start: Ints
     seq_lens: Ints
-
-    @classmethod
-    def of(cls, scheduled: Sequence[ScheduledRow], padding_row: int, shape: BatchShape | None) -> "_Lengths":
-        """The lengths of a step's rows, padded to `shape`: in a graph of decodes padding has a token each."""
-        num_live = len(scheduled)
-        size = shape.num_requests if shape else num_live
-        padding = [0] * (size - num_live)
-        tokens = [row.num_tokens for row in scheduled]
-        rows = np.array([row.row for row in scheduled] + [padding_row] * len(padding), dtype=np.int32)
-        starts = np.array([row.start for row in scheduled] + padding, dtype=np.int32)
-        counts = np.array(tokens + padding, dtype=np.int32)
-        seq_lens = starts + counts
-        if shape and shape.num_decodes == size:
-            counts[num_live:] = 1
-        query_start = np.zeros(size + 1, dtype=np.int32)
-        counts.cumsum(out=query_start[1:])
-        return cls(num_live, tokens.count(1) == num_live, rows, starts, counts, query_start, seq_lens)
-
-    @property
-    def token_rows(self) -> Ints:
-        """The row of each token that is no padding."""
-        rows = self.rows[: self.num_live]
-        return rows if self.one_each else rows.repeat(self.counts[: self.num_live])
-
-    def positions(self, num_tokens: int) -> Ints:
-        """Each token's place in its request [num_tokens]; 0 for padding."""
-        live = slice(self.num_live)
-        positions = np.zeros(num_tokens, dtype=np.int32)
-        if self.one_each:
-            positions[live] = self.starts[live]
-        else:
-            firsts = (self.starts[live] - self.query_start[live]).repeat(self.counts[live])
-            positions[: len(firsts)] = np.arange(len(firsts), dtype=np.int32) + firsts
-        return positions
-
-    def last_tokens(self, step: StepInput) -> Ints:
-        """The token whose logits each sample takes [S]: the last of its source's part of the batch."""
-        ends = self.query_start[1:] - 1
-        sources = [sample.source for sample in step.samples]
-        if sources == [row.row for row in step.rows]:
-            return ends[: self.num_live]
-        last = dict(zip(self.rows.tolist(), ends.tolist(), strict=True))
-        return np.array([last[source] for source in sources], dtype=np.int32)
+    row_index: Ints
+    sample_index: Ints
 
 
-def _tokens(
-    scheduled: Sequence[ScheduledRow], rows: Mapping[int, Row], lengths: _Lengths, num_tokens: int
-) -> tuple[Ints, Longs]:
-    """Known tokens [T + 1], and the place of the token that the device sampled for each request [R]: T for none."""
-    tokens = np.zeros(num_tokens + 1, dtype=np.int32)
-    targets = np.full(len(lengths.rows), num_tokens, dtype=np.int64)
-    targets[: lengths.num_live] = lengths.query_start[1 : lengths.num_live + 1] - 1
-    for i in [i for i, one in enumerate(scheduled) if one.start < len(rows[one.row].token_ids)]:
-        one, begin = scheduled[i], lengths.query_start[i]
-        part = rows[one.row].token_ids[one.start : one.start + one.num_tokens]
-        tokens[begin : begin + len(part)] = part
-        if len(part) == one.num_tokens:
-            targets[i] = num_tokens
-    return tokens, targets
+_OTHERS = 8  # of the arrays are no slots
+
+
+def _sizes(shape: BatchShape, num_samples: int, num_groups: int) -> tuple[Size, ...]:
+    """Lengths and bytes of an element of what the host sends."""
+    tokens, requests = shape.num_tokens, shape.num_requests
+    longs = (*[tokens] * num_groups, requests, num_samples)
+    ints = (tokens + 1, tokens, requests + 1, requests, requests, num_samples)
+    return *((n, 8) for n in longs), *((n, 4) for n in ints)
+
+
+def _one_each(rows: ScheduledRows) -> bool:
+    return rows.num_tokens.count(1) == len(rows.row)
+
+
+def _fill_samples(host: _Host, step: StepInput) -> None:
+    """The rows that are sampled, and the token whose logits each takes: the last of its source's part of the batch."""
+    rows, samples = step.rows.row, step.samples
+    host.sample_rows[:] = samples.row
+    ends = host.query_start[1 : len(rows) + 1]
+    if samples.source == rows:
+        np.subtract(ends, 1, out=host.sample_index)
+    else:
+        last = dict(zip(rows, ends.tolist(), strict=True))
+        host.sample_index[:] = [last[source] - 1 for source in samples.source]
+
+
+def _fill_tokens(host: _Host, scheduled: ScheduledRows, rows: RowTable) -> None:
+    """Known tokens, and where those go that the device sampled."""
+    num_live, nowhere = len(scheduled.row), len(host.positions)
+    host.tokens[:] = 0
+    host.targets[num_live:] = nowhere
+    np.subtract(host.query_start[1 : num_live + 1], 1, out=host.targets[:num_live])
+    known = rows.num_known[host.row_index[:num_live]] > scheduled.start
+    for i in known.nonzero()[0].tolist():
+        row, start, count = scheduled[i]
+        part, begin = rows[row].token_ids[start : start + count], host.query_start[i]
+        host.tokens[begin : begin + len(part)] = part
+        if len(part) == count:
+            host.targets[i] = nowhere
 
 
 def _packet_bytes(max_requests: int, max_tokens: int, num_groups: int) -> int:
     """The most that a batch sends."""
-    longs = num_groups * [max_tokens] + 2 * [max_requests]
-    ints = 2 * [max_tokens + 1] + 4 * [max_requests + 1]
-    return sum(padded_bytes(8 * n) for n in longs) + sum(padded_bytes(4 * n) for n in ints)
+    sizes = _sizes(BatchShape(max_tokens, max_requests, max_tokens, 0), max_requests, num_groups)
+    return sum(padded_bytes(number * size) for number, size in sizes)

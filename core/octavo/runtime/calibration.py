@@ -9,7 +9,7 @@ import torch
 
 from octavo.attention.interface import AttentionBackend
 from octavo.attention.torch_reference import TorchAttention
-from octavo.engine.step import NewRow, ScheduledRow, StepInput
+from octavo.engine.step import NewRow, ScheduledRow, ScheduledRows, StepInput
 from octavo.kv_cache.interface import KVCacheFormat, KVSpec
 from octavo.kv_cache.plain import PlainFormat
 from octavo.models.decoder import Decoder
@@ -46,7 +46,7 @@ def largest_values(
     places = [torch.tensor(blocks[group], device=buffers.device) for group in groups]
     with _attending_by(layers, backends, plain):
         for prompt in prompts:
-            new = NewRow(0, 0, prompt, len(prompt), blocks, SamplingParams(temperature=0.0), 0, 0)
+            new = NewRow(0, prompt, len(prompt), blocks, SamplingParams(temperature=0.0), 0, 0)
             _submit(runner, new, assembly.limits.max_tokens)
             for one, cache, place in zip(largest, caches, places, strict=True):
                 found = torch.stack(plain.read(cache, place, len(prompt))).abs().amax((1, 3))
@@ -58,9 +58,9 @@ def _submit(runner: Runner, new: NewRow, most: int) -> None:
     """Compute a prompt from its first token on, in steps of at most `most` tokens."""
     length = len(new.token_ids)
     for start in range(0, length, most):
-        row = ScheduledRow(new.row, new.generation, start, min(most, length - start))
+        rows = ScheduledRows.of(ScheduledRow(new.row, start, min(most, length - start)))
         first = start == 0
-        runner.submit(StepInput(0, [new.row] if first else [], [new] if first else [], rows=[row]))
+        runner.submit(StepInput(0, [new.row] if first else [], [new] if first else [], rows=rows))
 
 
 @contextmanager

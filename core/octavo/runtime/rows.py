@@ -1,4 +1,4 @@
-"""What the runner knows of each row: its known tokens, block tables, sampling and penalty counts."""
+"""What the runner knows of each row: its known tokens, sampling and penalty counts."""
 
 from dataclasses import dataclass, field
 
@@ -30,7 +30,6 @@ class PenaltyCounts:
 class Row:
     """A request in its row. Positions at or past len(token_ids) hold tokens that the device sampled."""
 
-    generation: int
     token_ids: npt.NDArray[np.int32]
     num_prompt: int
     params: SamplingParams
@@ -46,7 +45,6 @@ class Row:
         """The row of a new or resumed request."""
         params = new.params
         row = cls(
-            new.generation,
             np.array(new.token_ids, dtype=np.int32),
             new.num_prompt_tokens,
             params,
@@ -65,7 +63,6 @@ class Row:
         counts = self.counts.copy() if self.counts is not None else None
         seed = choice_seed(self.request_seed, fork.choice)
         return Row(
-            fork.generation,
             self.token_ids,
             self.num_prompt,
             self.params,
@@ -79,6 +76,36 @@ class Row:
     def num_generated(self, position: int) -> int:
         """Tokens generated before `position`."""
         return position - self.num_prompt
+
+
+class RowTable:
+    """The rows in use, and in columns [rows] what a step asks of every one.
+
+    `num_known` counts known tokens; `plain` is Row's; `tells_prompt` says whether the prompt's logprobs are asked for.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_known = np.zeros(num_rows, dtype=np.int32)
+        self.plain = np.zeros(num_rows, dtype=np.bool_)
+        self.tells_prompt = np.zeros(num_rows, dtype=np.bool_)
+        self._rows: list[Row | None] = [None] * num_rows
+
+    def __getitem__(self, index: int) -> Row:
+        """The row `index`, which is in use."""
+        row = self._rows[index]
+        assert row is not None, f"row {index} is in nobody's use"
+        return row
+
+    def put(self, index: int, row: Row) -> None:
+        """Row `index` is now this one."""
+        self._rows[index] = row
+        self.num_known[index] = len(row.token_ids)
+        self.plain[index] = row.plain
+        self.tells_prompt[index] = row.params.prompt_logprobs is not None
+
+    def drop(self, index: int) -> None:
+        """Row `index` is in use no longer."""
+        self._rows[index] = None
 
 
 def _is_plain(params: SamplingParams) -> bool:

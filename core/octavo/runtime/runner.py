@@ -9,7 +9,7 @@ import torch
 
 from octavo.attention.interface import AttentionBackend
 from octavo.batch import Batch, BatchShape
-from octavo.engine.step import BlockCopy, PromptLogprobs, SampledToken, ScheduledRow, StepInput, StepOutput
+from octavo.engine.step import BlockCopy, PromptLogprobs, StepInput, StepOutput, TokenLogprob
 from octavo.kv_cache.interface import KVCache
 from octavo.models.decoder import Decoder
 from octavo.models.layers import StepContext
@@ -17,7 +17,7 @@ from octavo.runtime.buffers import BatchBuffers, Prepared, shape_of
 from octavo.runtime.failures import named_failures
 from octavo.runtime.graphs import Graphs
 from octavo.runtime.pending import PendingOutput
-from octavo.runtime.rows import Row
+from octavo.runtime.rows import Row, RowTable
 from octavo.runtime.sampler import Logprobs, Sampled, sample, token_logprobs
 from octavo.runtime.transfer import Arrival, ints_to_device, to_device
 
@@ -35,26 +35,22 @@ class Computed:
     step: StepInput
     prepared: Prepared
     hidden: torch.Tensor
-    rows: dict[int, Row]
-    graph: BatchShape | None
-    """The shape of the graph that computed it."""
+    greedy_graph: BatchShape | None
+    """The shape of the graph that samples it as well."""
     sampled_only: bool
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether it is a graph of decodes in which each request samples its own likeliest token."""
-        step, shape = self.step, self.graph
-        if shape is None or shape.num_decodes < shape.num_requests or len(step.samples) != len(step.rows):
-            return False
-        rows = [row.row for row in step.rows]
-        if rows != [one.row for one in step.samples] or rows != [one.source for one in step.samples]:
-            return False
-        return all([self.rows[row].plain for row in rows])
 
     @property
     def batch(self) -> Batch:
         """The step's batch."""
         return self.prepared.batch
+
+
+def is_greedy(step: StepInput, graph: BatchShape | None, rows: RowTable) -> bool:
+    """Whether it runs in a graph of decodes, and each request samples its own likeliest token and nothing more."""
+    if graph is None or graph.num_decodes < graph.num_requests:
+        return False
+    computed, samples = step.rows.row, step.samples
+    return samples.row == computed and samples.source == computed and bool(rows.plain[computed].all())
 
 
 class Runner:
@@ -84,7 +80,7 @@ class Runner:
         self.eos_token_ids = eos_token_ids
         self.provider_names = provider_names
         self.graphs = graphs
-        self.rows: dict[int, Row] = {}
+        self.rows = RowTable(buffers.padding_row)
         self.kv_counts = caches[0].counts if caches else None
         self._uncounted_steps = 0
 
@@ -99,13 +95,11 @@ class Runner:
             sampled_only = shape is None and self._wants_few(step)
             forward = self._plan(prepared.batch, prepared.batch.sample_index if sampled_only else None)
             hidden = graphs.replay(shape) if graphs and shape else forward()
-        return Computed(step, prepared, hidden, dict(self.rows), shape, sampled_only)
+        return Computed(step, prepared, hidden, shape if is_greedy(step, shape, self.rows) else None, sampled_only)
 
     def _wants_few(self, step: StepInput) -> bool:
         """Whether most tokens only leave their keys and values: prompts, whose logprobs nobody asked for."""
-        if not 0 < len(step.samples) < step.num_tokens:
-            return False
-        return all(self.rows[row.row].params.prompt_logprobs is None for row in step.rows)
+        return 0 < len(step.samples.row) < step.num_tokens and not self.rows.tells_prompt[step.rows.row].any()
 
     def _plan(self, batch: Batch, wanted: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
         """Have every backend plan for the batch; what remains to be done."""
@@ -133,13 +127,13 @@ class Runner:
     def _apply(self, step: StepInput) -> None:
         buffers = self.buffers
         for row in step.freed_rows:
-            self.rows.pop(row, None)
+            self.rows.drop(row)
         for new in step.new_rows:
-            self.rows[new.row] = Row.start(new, self.vocab_size, self.eos_token_ids, buffers.device)
+            self.rows.put(new.row, Row.start(new, self.vocab_size, self.eos_token_ids, buffers.device))
             for group, blocks in enumerate(new.blocks):
                 buffers.set_table(group, new.row, 0, blocks)
         for fork in step.forks:
-            self.rows[fork.row] = self.rows[fork.source].fork(fork)
+            self.rows.put(fork.row, self.rows[fork.source].fork(fork))
             buffers.fork(fork.source, fork.row)
         for change in step.table_changes:
             buffers.set_table(change.group, change.row, change.start, change.blocks)
@@ -161,13 +155,13 @@ class Runner:
     def sample(self, computed: Computed) -> PendingOutput:
         """Sample the step's rows, and leave each one's token on the device as its next input. Raises StepError."""
         with named_failures(self.provider_names, (), computed.batch.shape):
-            tokens, prompts = self._sample(computed), self._prompt_logprobs(computed)
+            take, prompts = self._sample(computed), self._prompt_logprobs(computed)
             counts = self._send_counts(computed.batch.shape)
         step_id, shape = computed.step.step_id, computed.batch.shape  # all that is kept: the hidden states are let go
 
         def finish() -> StepOutput:
             with named_failures(self.provider_names, (), shape):
-                output = StepOutput(step_id, tokens(), [prompt() for prompt in prompts])
+                output = StepOutput(step_id, *take(), [prompt() for prompt in prompts])
                 return output if counts is None else replace(output, kv_counts=tuple(counts.tensors()[0].tolist()))
 
         return PendingOutput(finish)
@@ -183,31 +177,22 @@ class Runner:
         self._uncounted_steps = 0
         return Arrival(self.kv_counts.clone())
 
-    def _sample(self, computed: Computed) -> Callable[[], list[SampledToken]]:
+    def _sample(self, computed: Computed) -> Callable[[], tuple[list[int], list[TokenLogprob | None]]]:
+        """Sample; what waits for the tokens and for their logprobs, none where nobody asked for any."""
         samples = computed.step.samples
-        if not samples:
-            return list
-        if self.graphs and computed.graph and computed.is_greedy:
-            sampled = Sampled(self.graphs.replay_greedy(computed.graph)[: len(samples)], None)
+        if not len(samples.row):
+            return lambda: ([], [])
+        if self.graphs and computed.greedy_graph:
+            sampled = Sampled(self.graphs.replay_greedy(computed.greedy_graph)[: len(samples.row)], None)
         else:
             hidden = computed.hidden
             if not computed.sampled_only:
                 hidden = hidden.index_select(0, computed.batch.sample_index)
-            logits = self.logits(hidden)
-            rows = [computed.rows[sample.row] for sample in samples]
-            sampled = sample(logits, rows, [sample.position for sample in samples])
+            rows = [self.rows[row] for row in samples.row]
+            sampled = sample(self.logits(hidden), rows, samples.position)
             self.buffers.last_token.index_copy_(0, computed.prepared.sample_rows, sampled.token_ids.int())
-        arrival = Arrival(sampled.token_ids)
-
-        def tokens() -> list[SampledToken]:
-            logprobs = sampled.logprobs.wait() if sampled.logprobs else [None] * len(samples)
-            ids = arrival.tensors()[0].tolist()
-            return [
-                SampledToken(s.row, s.generation, token, logprob)
-                for s, token, logprob in zip(samples, ids, logprobs, strict=True)
-            ]
-
-        return tokens
+        arrival, logprobs = Arrival(sampled.token_ids), sampled.logprobs
+        return lambda: (arrival.tensors()[0].tolist(), logprobs.wait() if logprobs else [])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [S, V] of the whole vocabulary."""
@@ -216,15 +201,13 @@ class Runner:
 
     def _prompt_logprobs(self, computed: Computed) -> list[Callable[[], PromptLogprobs]]:
         results: list[Callable[[], PromptLogprobs]] = []
-        for scheduled, begin in zip(computed.step.rows, computed.batch.query_start_host, strict=False):
-            row = computed.rows[scheduled.row]
-            if row.params.prompt_logprobs is None:
-                continue
-            end = min(scheduled.start + scheduled.num_tokens, row.num_prompt - 1)
-            if end > scheduled.start:
-                hidden = computed.hidden[begin : begin + end - scheduled.start]
-                parts = self._logprobs_of(hidden, row, scheduled.start + 1, end + 1)
-                results.append(partial(_finish_prompt, scheduled, parts))
+        rows = computed.step.rows
+        for index in self.rows.tells_prompt[rows.row].nonzero()[0].tolist():
+            row, start, begin = self.rows[rows.row[index]], rows.start[index], computed.batch.query_start_host[index]
+            end = min(start + rows.num_tokens[index], row.num_prompt - 1)
+            if end > start:
+                parts = self._logprobs_of(computed.hidden[begin : begin + end - start], row, start + 1, end + 1)
+                results.append(partial(_finish_prompt, index, start + 1, parts))
         return results
 
     def _logprobs_of(self, hidden: torch.Tensor, row: Row, start: int, end: int) -> list[Logprobs]:
@@ -238,6 +221,5 @@ class Runner:
         return [part for part in parts if part is not None]
 
 
-def _finish_prompt(scheduled: ScheduledRow, parts: list[Logprobs]) -> PromptLogprobs:
-    known = [logprob for part in parts for logprob in part.wait() if logprob is not None]
-    return PromptLogprobs(scheduled.row, scheduled.generation, scheduled.start + 1, known)
+def _finish_prompt(index: int, start: int, parts: list[Logprobs]) -> PromptLogprobs:
+    return PromptLogprobs(index, start, [one for part in parts for one in part.wait() if one is not None])

@@ -4,7 +4,7 @@ On a GPU they go through pinned memory: torch's pinned allocator reuses a block 
 so that two steps in flight never overwrite each other's.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -46,47 +46,79 @@ class Arrival:
         return self._tensors
 
 
-_Layout = tuple[list[slice], torch.Tensor, list[torch.Tensor]]
+Size = tuple[int, int]
+"""The length of an array and the bytes of an element: 4 (int32) or 8 (int64)."""
+
 _LAYOUTS = 512  # that are remembered: making the views of one takes as long as the rest of a copy
+_TURNS = 3  # of the host's side on a GPU, so that it hardly ever waits for a copy to be done
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Arrays of certain sizes: on the host in each turn, all that is copied of it, and on the device."""
+
+    arrays: list[list[Array]]
+    sources: list[torch.Tensor]
+    target: torch.Tensor
+    views: list[torch.Tensor]
 
 
 class Packet:
-    """Many small arrays in one copy: they lie one after the other in a persistent device buffer.
+    """Many small arrays in one copy: they lie one after the other in persistent buffers on the host and the device.
 
     Arrays of the same sizes in the same order lie at the same addresses, which is what a CUDA graph needs.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._layouts: dict[tuple[tuple[int, int], ...], _Layout] = {}
-
-    def send(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
-        """Copy the arrays (int32 or int64), and return them as new views of the buffer: StepMemo tells steps apart."""
-        parts, target, views = self._layout(tuple((array.nbytes, array.itemsize) for array in arrays))
-        host = torch.empty(target.shape, dtype=torch.uint8, pin_memory=self._buffer.is_cuda)
-        flat = host.numpy()
-        for array, part in zip(arrays, parts, strict=True):
-            flat[part] = array.view(np.uint8)
-        target.copy_(host, non_blocking=True)
-        return [view.view(-1) for view in views]
-
-    def _layout(self, sizes: tuple[tuple[int, int], ...]) -> _Layout:
-        if sizes not in self._layouts:
-            if len(self._layouts) == _LAYOUTS:
-                self._layouts.clear()
-            self._layouts[sizes] = self._make_layout(sizes)
-        return self._layouts[sizes]
-
-    def _make_layout(self, sizes: tuple[tuple[int, int], ...]) -> _Layout:
-        """Where arrays of these (bytes, bytes an element) lie, and the buffer's views of them."""
-        ends = list(accumulate(padded_bytes(size) for size, _ in sizes))
-        assert ends[-1] <= len(self._buffer), f"a packet of {ends[-1]} bytes, for a buffer of {len(self._buffer)}"
-        parts = [
-            slice(end - padded_bytes(size), end - padded_bytes(size) + size)
-            for (size, _), end in zip(sizes, ends, strict=True)
+        on_gpu = self._buffer.is_cuda
+        self._hosts = [
+            torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(_TURNS if on_gpu else 1)
         ]
-        views = [self._buffer[part].view(_DTYPES[item]) for part, (_, item) in zip(parts, sizes, strict=True)]
-        return parts, self._buffer[: ends[-1]], views
+        self._copied = [torch.cuda.Event() for _ in self._hosts if on_gpu]  # type: ignore[no-untyped-call]
+        self._turn = 0
+        self._layouts: dict[tuple[Size, ...], _Layout] = {}
+        self._open: _Layout | None = None
+
+    def open(self, sizes: tuple[Size, ...]) -> list[Array]:
+        """Arrays of these sizes for the caller to fill before `send`: what they hold is left over from others."""
+        self._turn = (self._turn + 1) % len(self._hosts)
+        if self._copied and not self._copied[self._turn].query():  # type: ignore[no-untyped-call]
+            self._copied[self._turn].synchronize()
+        self._open = self._layouts.get(sizes) or self._make_layout(sizes)
+        return self._open.arrays[self._turn]
+
+    def send(self) -> list[torch.Tensor]:
+        """Copy the arrays. On a CPU the views are new ones: StepMemo tells steps apart by them."""
+        layout = self._open
+        assert layout is not None, "nothing has been opened"
+        layout.target.copy_(layout.sources[self._turn], non_blocking=True)
+        if self._copied:
+            self._copied[self._turn].record()
+            return layout.views
+        return [view.view(-1) for view in layout.views]
+
+    def _make_layout(self, sizes: tuple[Size, ...]) -> _Layout:
+        ends = list(accumulate(padded_bytes(number * item) for number, item in sizes))
+        assert ends[-1] <= len(self._buffer), f"a packet of {ends[-1]} bytes, for a buffer of {len(self._buffer)}"
+        starts = [0, *ends[:-1]]
+
+        def views(buffer: torch.Tensor) -> list[torch.Tensor]:
+            return [
+                buffer[start : start + number * item].view(_DTYPES[item])
+                for start, (number, item) in zip(starts, sizes, strict=True)
+            ]
+
+        layout = _Layout(
+            [[view.numpy() for view in views(host)] for host in self._hosts],
+            [host[: ends[-1]] for host in self._hosts],
+            self._buffer[: ends[-1]],
+            views(self._buffer),
+        )
+        if len(self._layouts) == _LAYOUTS:
+            self._layouts.clear()
+        self._layouts[sizes] = layout
+        return layout
 
 
 def padded_bytes(num_bytes: int) -> int:

@@ -62,7 +62,7 @@ def _graph_bytes(runner: Runner, assembly: Assembly, activations: int) -> int:
 def _sample_all(runner: Runner, hidden: torch.Tensor) -> None:
     """Sample every row in each way that there is."""
     for params in _SAMPLING:
-        new = NewRow(0, 0, [0], 1, [], params, 0, 0)
+        new = NewRow(0, [0], 1, [], params, 0, 0)
         row = Row.start(new, runner.vocab_size, runner.eos_token_ids, hidden.device)
         sample(runner.logits(hidden), [row] * len(hidden), [1] * len(hidden))
 
