@@ -17,7 +17,7 @@ from octavo.engine.step import (
     StepInput,
     TableChange,
 )
-from octavo.runtime.buffers import BatchBuffers
+from octavo.runtime.buffers import BatchBuffers, Prepared
 from octavo.runtime.rows import Row, RowTable
 from octavo.runtime.runner import Runner
 from octavo.sampling_params import SamplingParams
@@ -38,6 +38,12 @@ def table_of(*new: NewRow) -> RowTable:
     return rows
 
 
+def filled(buffers: BatchBuffers, step: StepInput, rows: RowTable, shape: BatchShape | None = None) -> Prepared:
+    prepared = buffers.prepare(step, rows, shape)
+    buffers.take_sampled(prepared)
+    return prepared
+
+
 @pytest.fixture
 def batch() -> Batch:
     """Row 2 decodes at position 9; row 0 computes positions 6 to 9 of its ten tokens; two KV groups."""
@@ -50,7 +56,7 @@ def batch() -> Batch:
     buffers.last_token[2] = 99
     scheduled = ScheduledRows.of(ScheduledRow(2, 9, 1), ScheduledRow(0, 6, 4))
     samples = SampleRows.of(SampleRow(0, 0, 10), SampleRow(2, 2, 10), SampleRow(1, 0, 10))
-    return buffers.prepare(StepInput(0, rows=scheduled, samples=samples), rows).batch
+    return filled(buffers, StepInput(0, rows=scheduled, samples=samples), rows).batch
 
 
 def test_batch_holds_the_step(batch: Batch) -> None:
@@ -64,6 +70,23 @@ def test_batch_holds_the_step(batch: Batch) -> None:
     assert batch.sample_index.tolist() == [4, 0, 4]
     shape = batch.shape
     assert (shape.num_tokens, shape.num_requests, shape.max_query_len, shape.num_decodes) == (5, 2, 4, 1)
+
+
+def test_the_tokens_that_are_sampled_are_a_batch_of_requests_of_one_token() -> None:
+    buffers = BatchBuffers(4, 32, 4, BLOCK_SIZE, 1, CPU)
+    rows = table_of(new_row(0, [*range(50, 60)], [[3, 4]]), new_row(2, [*range(70, 79)], [[5, 6]]))
+    buffers.set_table(0, 0, 0, [3, 4])
+    buffers.set_table(0, 1, 0, [3, 4])
+    buffers.set_table(0, 2, 0, [5, 6])
+    scheduled = ScheduledRows.of(ScheduledRow(2, 8, 1), ScheduledRow(0, 6, 4))
+    step = StepInput(0, rows=scheduled, samples=SampleRows.of(SampleRow(0, 0, 10), SampleRow(1, 0, 10)))
+    ends = buffers.ends(step, filled(buffers, step, rows).batch)
+    assert (ends.token_ids.tolist(), ends.positions.tolist()) == ([59, 59], [9, 9])
+    assert (ends.query_start.tolist(), ends.query_start_host) == ([0, 1, 2], [0, 1, 2])
+    assert (ends.seq_lens.tolist(), ends.seq_lens_host) == ([10, 10], [10, 10])
+    assert [table[:, :2].tolist() for table in ends.block_tables] == [[[3, 4], [3, 4]]]
+    assert [slots.tolist() for slots in ends.slots] == [[33, 33]]
+    assert ends.shape == BatchShape(2, 2, 1, 2)
 
 
 def test_batch_has_the_dtypes_of_the_contract(batch: Batch) -> None:
@@ -140,8 +163,8 @@ def test_a_padded_batch_holds_the_same_and_padding_behind() -> None:
     rows = table_of(new)
     buffers.set_table(0, 1, 0, [3, 4])
     step = StepInput(0, rows=ScheduledRows.of(ScheduledRow(1, 6, 4)), samples=SampleRows.of(SampleRow(1, 1, 10)))
-    plain = buffers.prepare(step, rows).batch.token_ids.tolist()
-    padded = buffers.prepare(step, rows, BatchShape(8, 3, 8, 2)).batch
+    plain = filled(buffers, step, rows).batch.token_ids.tolist()
+    padded = filled(buffers, step, rows, BatchShape(8, 3, 8, 2)).batch
     assert padded.shape == BatchShape(8, 3, 8, 2)
     assert padded.token_ids.tolist() == [*range(56, 60), 0, 0, 0, 0] == [*plain, 0, 0, 0, 0]
     assert padded.slots[0].tolist() == [30, 31, 32, 33, -1, -1, -1, -1]
@@ -157,7 +180,7 @@ def test_padding_of_a_batch_of_decodes_has_a_token_each() -> None:
     buffers.set_table(0, 2, 0, [3])
     buffers.last_token[2] = 77
     step = StepInput(0, rows=ScheduledRows.of(ScheduledRow(2, 1, 1)), samples=SampleRows.of(SampleRow(2, 2, 2)))
-    batch = buffers.prepare(step, rows, BatchShape(4, 4, 1, 4)).batch
+    batch = filled(buffers, step, rows, BatchShape(4, 4, 1, 4)).batch
     assert batch.query_start.tolist() == [0, 1, 2, 3, 4]
     assert batch.seq_lens.tolist() == [2, 0, 0, 0]
     assert batch.token_ids.tolist() == [77, 0, 0, 0]
@@ -176,7 +199,7 @@ def test_a_request_of_one_known_token_is_no_other_than_those_whose_token_the_dev
         samples=SampleRows.of(SampleRow(2, 2, 11), SampleRow(1, 1, 10)),
     )
     for shape in (None, BatchShape(4, 4, 1, 4), BatchShape(8, 3, 8, 2)):
-        prepared = buffers.prepare(step, rows, shape)
+        prepared = filled(buffers, step, rows, shape)
         batch, padding = prepared.batch, [0] * ((shape.num_tokens if shape else 2) - 2)
         assert batch.token_ids.tolist() == [92, 59, *padding]
         assert batch.positions.tolist() == [10, 9, *padding]
@@ -188,7 +211,7 @@ def test_a_request_of_one_known_token_is_no_other_than_those_whose_token_the_dev
 def test_batches_of_a_shape_lie_at_the_same_addresses() -> None:
     buffers = BatchBuffers(4, 32, 4, BLOCK_SIZE, 2, CPU)
     shape = BatchShape(8, 3, 8, 2)
-    empty = buffers.padding(shape)
+    empty = buffers.padding(shape).batch
     new = new_row(1, [*range(50, 60)], [[3, 4], [5, 6]])
     for group, blocks in enumerate(new.blocks):
         buffers.set_table(group, 1, 0, blocks)

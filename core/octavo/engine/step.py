@@ -9,16 +9,16 @@ each row is not frozen, since that would double what it costs. Nobody changes ei
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import msgspec
 
 from octavo.sampling_params import SamplingParams
 
-
-def _ints() -> "array[int]":
-    return array("i")
+_ints = partial(array, "i")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,31 +92,29 @@ class _Columns(Generic[R]):
     """Rows of ints, a column for each field."""
 
     one: ClassVar[Callable[..., Any]]
+    columns: ClassVar[Callable[..., "tuple[array[int], ...]"]]
 
     @classmethod
     def of(cls, *rows: R) -> Self:
         """Columns of these rows."""
-        columns = cls()
-        columns.extend(rows)
-        return columns
-
-    def _columns(self) -> "tuple[array[int], ...]":
-        return tuple(getattr(self, one.name) for one in fields(self))  # type: ignore[arg-type]
+        result = cls()
+        result.extend(rows)
+        return result
 
     def extend(self, rows: Iterable[R]) -> None:
         """These rows as well."""
-        for column, values in zip(self._columns(), zip(*rows, strict=True), strict=False):
+        for column, values in zip(type(self).columns(self), zip(*rows, strict=True), strict=False):
             column.extend(values)
 
     def __len__(self) -> int:
-        return len(self._columns()[0])
+        return len(type(self).columns(self)[0])
 
     def __getitem__(self, index: int) -> R:
-        row: R = type(self).one(*(column[index] for column in self._columns()))
+        row: R = type(self).one(*(column[index] for column in type(self).columns(self)))
         return row
 
     def __iter__(self) -> Iterator[R]:
-        return map(type(self).one, *self._columns())
+        return map(type(self).one, *type(self).columns(self))
 
 
 @dataclass(slots=True)
@@ -124,6 +122,7 @@ class ScheduledRows(_Columns[ScheduledRow]):
     """The ScheduledRows of a step, in columns."""
 
     one = ScheduledRow
+    columns = attrgetter(*ScheduledRow._fields)
 
     row: "array[int]" = field(default_factory=_ints)
     start: "array[int]" = field(default_factory=_ints)
@@ -135,6 +134,7 @@ class SampleRows(_Columns[SampleRow]):
     """The SampleRows of a step, in columns."""
 
     one = SampleRow
+    columns = attrgetter(*SampleRow._fields)
 
     row: "array[int]" = field(default_factory=_ints)
     source: "array[int]" = field(default_factory=_ints)

@@ -83,8 +83,9 @@ class StepBuilder:
         ends = array("i", [request.num_computed for request in self.decodes])
         samples = SampleRows(steady[:], steady[:], ends)
         rows = ScheduledRows(steady, array("i", [end - 1 for end in ends]), array("i", [1]) * len(steady))
-        rows.extend(row for row, _ in self._short + self._longer)
-        samples.extend(sample for sample, _ in self._samples)
+        if self._short or self._longer or self._samples:
+            rows.extend(row for row, _ in self._short + self._longer)
+            samples.extend(sample for sample, _ in self._samples)
         return StepInput(
             self.step_id, freed_rows, self.new_rows, self.forks, self.changes, self.copies, [], rows, samples
         )

@@ -8,7 +8,7 @@ import torch
 
 from octavo.models.builder import ModelBuilder
 from octavo.models.config import DecoderConfig, read_decoder_config
-from octavo.models.layers import AttentionLayer, Linear, Ops, StepContext
+from octavo.models.layers import AttentionLayer, Linear, Ops, StepContext, Wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class DecoderLayer:
     eps: float
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor | None, step: StepContext, wanted: torch.Tensor | None = None
+        self, x: torch.Tensor, residual: torch.Tensor | None, step: StepContext, wanted: Wanted | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, residual) [T, H] of this layer -> those of the next, or of the tokens `wanted` [S] alone."""
         ops = self.ops
@@ -38,9 +38,9 @@ class DecoderLayer:
             x = ops.rms_norm.rms_norm(residual, self.input_norm, self.eps)
         else:
             x, residual = ops.add_rms_norm.add_rms_norm(x, residual, self.input_norm, self.eps)
-        x = self.attention(self.qkv(x), step)
+        x = self.attention(self.qkv(x), step, wanted)
         if wanted is not None:
-            x, residual = x.index_select(0, wanted), residual.index_select(0, wanted)
+            residual = residual.index_select(0, wanted.tokens)
         x = self.output(x)
         x, residual = ops.add_rms_norm.add_rms_norm(x, residual, self.mlp_norm, self.eps)
         return self.down(ops.silu_and_mul.silu_and_mul(self.gate_up(x))), residual

@@ -14,17 +14,24 @@ from octavo.weights.interface import Activation, Matmul
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """The tokens [S] of a batch whose hidden states are asked for, and the batch that they are by themselves."""
+
+    tokens: torch.Tensor
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
 class StepContext:
     """What a step's layers share: the batch, a plan of each KV group, and every layer's cache.
 
-    `wanted` [S] are the tokens whose hidden states are asked for, None for all: what follows the last attention is then
-    computed for them alone.
+    Where only some tokens are `wanted`, what follows the write of the last K and V is computed for them alone.
     """
 
     batch: Batch
     plans: tuple[Any, ...]
     caches: tuple[KVCache, ...]
-    wanted: torch.Tensor | None = None
+    wanted: Wanted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +107,8 @@ class AttentionLayer:
     qk_norms: tuple[torch.Tensor, torch.Tensor] | None = None
     norm_eps: float = 0.0
 
-    def __call__(self, qkv: torch.Tensor, step: StepContext) -> torch.Tensor:
-        """qkv [T, (Hq + 2 Hk) D], overwritten -> [T, Hq D]."""
+    def __call__(self, qkv: torch.Tensor, step: StepContext, wanted: Wanted | None = None) -> torch.Tensor:
+        """qkv [T, (Hq + 2 Hk) D], overwritten -> [T, Hq D], or [S, Hq D] of the tokens `wanted`."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = qkv.view(-1, heads + 2 * kv_heads, self.head_dim)
         qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
@@ -113,6 +120,10 @@ class AttentionLayer:
         self.ops.rotary_and_write.rotary_and_write(
             qk, v, batch.positions, self.cos_sin, heads, self.cache_format, kv, slots
         )
-        out = qkv.new_empty(qkv.shape[0], heads, self.head_dim)
-        self.backend.forward(step.plans[self.group], qk[:, :heads], kv, out, new=(qk[:, heads:], v))
-        return out.view(qkv.shape[0], -1)
+        q, plan = qk[:, :heads], step.plans[self.group]
+        new: tuple[torch.Tensor, torch.Tensor] | None = (qk[:, heads:], v)
+        if wanted is not None:
+            q, plan, new = q.index_select(0, wanted.tokens), self.backend.plan(wanted.batch), None
+        out = q.new_empty(q.shape[0], heads, self.head_dim)
+        self.backend.forward(plan, q, kv, out, new=new)
+        return out.view(q.shape[0], -1)

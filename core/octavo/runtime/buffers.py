@@ -17,10 +17,16 @@ Longs = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A step's batch, and the rows [S] int64 whose tokens it samples."""
+    """A step's batch, the rows [S] int64 whose tokens it samples, and what `take_sampled` needs.
+
+    `tokens` are the batch's with one place more, and `targets` [R] int64 says where in them the token goes that the
+    device sampled for each request: the last place for one that needs none.
+    """
 
     batch: Batch
     sample_rows: torch.Tensor
+    tokens: torch.Tensor
+    targets: torch.Tensor
 
 
 class BatchBuffers:
@@ -79,7 +85,7 @@ class BatchBuffers:
                 edits.clear()
 
     def prepare(self, step: StepInput, rows: RowTable, shape: BatchShape | None = None) -> Prepared:
-        """The batch of a step, padded to `shape` where that is given.
+        """The batch of a step, padded to `shape` where that is given; its token ids lack what `take_sampled` adds.
 
         Batches of one shape lie at the same addresses; all that comes from the host comes in one copy.
         """
@@ -94,12 +100,11 @@ class BatchBuffers:
         _fill_samples(host, step)
         _fill_tokens(host, step.rows, rows)
         views = self._packet.send()
-        target, sample_rows, token, position, query_start, seq_lens, row_index, sample_index = views[-_OTHERS:]
-        token.index_copy_(0, target, self.last_token.index_select(0, row_index))
+        targets, sample_rows, tokens, position, query_start, seq_lens, row_index, sample_index = views[-_OTHERS:]
         seq_lens_host = host.seq_lens.tolist()
         batch = Batch(
             shape,
-            token[: shape.num_tokens],
+            tokens[: shape.num_tokens],
             position,
             query_start,
             seq_lens,
@@ -110,11 +115,35 @@ class BatchBuffers:
             host.query_start.tolist(),
             seq_lens_host,
         )
-        return Prepared(batch, sample_rows)
+        return Prepared(batch, sample_rows, tokens, targets)
 
-    def padding(self, shape: BatchShape) -> Batch:
+    def take_sampled(self, prepared: Prepared) -> None:
+        """Put the tokens that the device sampled last into the batch; part of its graph."""
+        sampled = self.last_token.index_select(0, prepared.batch.row_index)
+        prepared.tokens.index_copy_(0, prepared.targets, sampled)
+
+    def padding(self, shape: BatchShape) -> Prepared:
         """A batch of nothing but padding, where all batches of `shape` lie."""
-        return self.prepare(StepInput(-1), RowTable(0), shape).batch
+        return self.prepare(StepInput(-1), RowTable(0), shape)
+
+    def ends(self, step: StepInput, batch: Batch) -> Batch:
+        """The tokens of a step's batch whose logits are sampled, as a batch of requests that compute one token."""
+        samples = step.samples
+        number, tokens = len(samples.row), batch.sample_index
+        sources, seq_lens = to_device(np.array([samples.source, samples.position], dtype=np.int32), self.device)
+        return Batch(
+            BatchShape(number, number, 1, number),
+            batch.token_ids.index_select(0, tokens),
+            batch.positions.index_select(0, tokens),
+            torch.arange(number + 1, dtype=torch.int32, device=self.device),
+            seq_lens,
+            sources,
+            tuple(table.index_select(0, sources) for table in self.tables),
+            tuple(slots.index_select(0, tokens) for slots in batch.slots),
+            torch.arange(number, dtype=torch.int32, device=self.device),
+            list(range(number + 1)),
+            list(samples.position),
+        )
 
     def _fill_lengths(self, host: "_Host", rows: ScheduledRows, padded: BatchShape | None) -> None:
         """Rows, starts of queries and lengths, those of padding too: in a graph of decodes it has a token each."""

@@ -12,7 +12,7 @@ from octavo.batch import Batch, BatchShape
 from octavo.engine.step import BlockCopy, PromptLogprobs, StepInput, StepOutput, TokenLogprob
 from octavo.kv_cache.interface import KVCache
 from octavo.models.decoder import Decoder
-from octavo.models.layers import StepContext
+from octavo.models.layers import StepContext, Wanted
 from octavo.runtime.buffers import BatchBuffers, Prepared, shape_of
 from octavo.runtime.failures import named_failures
 from octavo.runtime.graphs import Graphs
@@ -93,7 +93,7 @@ class Runner:
         prepared = self.buffers.prepare(step, self.rows, shape)
         with named_failures(self.provider_names, self.model.layers, prepared.batch.shape):
             sampled_only = shape is None and self._wants_few(step)
-            forward = self._plan(prepared.batch, prepared.batch.sample_index if sampled_only else None)
+            forward = self._plan(prepared, step if sampled_only else None)
             hidden = graphs.replay(shape) if graphs and shape else forward()
         return Computed(step, prepared, hidden, shape if is_greedy(step, shape, self.rows) else None, sampled_only)
 
@@ -101,10 +101,20 @@ class Runner:
         """Whether most tokens only leave their keys and values: prompts, whose logprobs nobody asked for."""
         return 0 < len(step.samples.row) < step.num_tokens and not self.rows.tells_prompt[step.rows.row].any()
 
-    def _plan(self, batch: Batch, wanted: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
-        """Have every backend plan for the batch; what remains to be done."""
+    def _plan(self, prepared: Prepared, ending: StepInput | None = None) -> Callable[[], torch.Tensor]:
+        """Have every backend plan for the batch; what remains to be done, to the end for the samples of `ending` alone.
+
+        That is None where every token is wanted.
+        """
+        batch = prepared.batch
         plans: tuple[Any, ...] = tuple(backend.plan(batch) for backend in self.backends)
-        return lambda: self.model.forward(StepContext(batch, plans, self.caches, wanted))
+
+        def forward() -> torch.Tensor:
+            self.buffers.take_sampled(prepared)
+            wanted = None if ending is None else Wanted(batch.sample_index, self.buffers.ends(ending, batch))
+            return self.model.forward(StepContext(batch, plans, self.caches, wanted))
+
+        return forward
 
     @torch.inference_mode()
     def run_padding(self, shape: BatchShape) -> torch.Tensor:
@@ -115,8 +125,9 @@ class Runner:
     def capture(self, shape: BatchShape) -> None:
         """Add a graph for batches of `shape`."""
         assert self.graphs is not None, "a runner without graphs"
-        batch = self.buffers.padding(shape)
-        self.graphs.capture(shape, self._plan(batch), lambda hidden: self._take_likeliest(hidden, batch.row_index))
+        prepared = self.buffers.padding(shape)
+        rows = prepared.batch.row_index
+        self.graphs.capture(shape, self._plan(prepared), lambda hidden: self._take_likeliest(hidden, rows))
 
     def _take_likeliest(self, hidden: torch.Tensor, row_index: torch.Tensor) -> torch.Tensor:
         """The likeliest token of each row, [R] int64: its next input."""
