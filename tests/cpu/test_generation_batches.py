@@ -211,13 +211,17 @@ def test_a_request_of_one_known_token_is_no_other_than_those_whose_token_the_dev
 def test_batches_of_a_shape_lie_at_the_same_addresses() -> None:
     buffers = BatchBuffers(4, 32, 4, BLOCK_SIZE, 2, CPU)
     shape = BatchShape(8, 3, 8, 2)
-    empty = buffers.padding(shape).batch
+    padding = buffers.padding(shape)
+    empty = padding.batch
     new = new_row(1, [*range(50, 60)], [[3, 4], [5, 6]])
     for group, blocks in enumerate(new.blocks):
         buffers.set_table(group, 1, 0, blocks)
     rows = table_of(new)
-    full = buffers.prepare(StepInput(0, rows=ScheduledRows.of(ScheduledRow(1, 6, 4))), rows, shape).batch
+    step = StepInput(0, rows=ScheduledRows.of(ScheduledRow(1, 6, 4)), samples=SampleRows.of(SampleRow(1, 1, 10)))
+    prepared = buffers.prepare(step, rows, shape)
+    full = prepared.batch
     names = ("token_ids", "positions", "query_start", "seq_lens", "row_index")
     assert [getattr(empty, n).data_ptr() for n in names] == [getattr(full, n).data_ptr() for n in names]
     assert [x.data_ptr() for x in empty.slots] == [x.data_ptr() for x in full.slots]
+    assert padding.targets.data_ptr() == prepared.targets.data_ptr()
     assert empty.seq_lens_host == [0, 0, 0] and empty.query_start_host == [0, 0, 0, 0]

@@ -100,7 +100,7 @@ class BatchBuffers:
         _fill_samples(host, step)
         _fill_tokens(host, step.rows, rows)
         views = self._packet.send()
-        targets, sample_rows, tokens, position, query_start, seq_lens, row_index, sample_index = views[-_OTHERS:]
+        targets, tokens, position, query_start, seq_lens, row_index, sample_index, sample_rows = views[-_OTHERS:]
         seq_lens_host = host.seq_lens.tolist()
         batch = Batch(
             shape,
@@ -202,24 +202,23 @@ class _Host:
 
     slots: list[Longs]
     targets: Longs
-    sample_rows: Longs
     tokens: Ints
     positions: Ints
     query_start: Ints
     seq_lens: Ints
     row_index: Ints
     sample_index: Ints
+    sample_rows: Longs
 
 
 _OTHERS = 8  # of the arrays are no slots
 
 
 def _sizes(shape: BatchShape, num_samples: int, num_groups: int) -> tuple[Size, ...]:
-    """Lengths and bytes of an element of what the host sends."""
+    """Lengths and bytes of an element of what the host sends: samples last, whose number does not move the others."""
     tokens, requests = shape.num_tokens, shape.num_requests
-    longs = (*[tokens] * num_groups, requests, num_samples)
-    ints = (tokens + 1, tokens, requests + 1, requests, requests, num_samples)
-    return *((n, 8) for n in longs), *((n, 4) for n in ints)
+    longs, ints = (*[tokens] * num_groups, requests), (tokens + 1, tokens, requests + 1, requests, requests)
+    return *((n, 8) for n in longs), *((n, 4) for n in ints), (num_samples, 4), (num_samples, 8)
 
 
 def _one_each(rows: ScheduledRows) -> bool:
