@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
+import uvloop
 from fastapi import FastAPI
 from octavo.async_engine import AsyncEngine
 from octavo.config_args import add_arguments, add_engine_arguments, engine_config, resolve
@@ -61,7 +62,7 @@ class ServeCommand:
         api = resolve(ApiSettings, args, ALL_SETTINGS)
         configure_logging(settings)
         sys.setswitchinterval(_SWITCH_SECONDS)
-        return asyncio.run(serve(AsyncEngine(config, progress=_say), settings, api))
+        return uvloop.run(serve(AsyncEngine(config, progress=_say), settings, api))
 
 
 def build_app(
@@ -95,6 +96,7 @@ class _Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             lifespan="off",
+            http="httptools",
             ws="none",
             log_level=settings.uvicorn_log_level,
             access_log=False,  # ours has the requests' ids

@@ -1,10 +1,10 @@
 """A server over an engine without a model: `python serve_fake.py TOKENIZER_DIRECTORY FACTORY [SETTINGS]` (JSON)."""
 
-import asyncio
 import json
 import sys
 from pathlib import Path
 
+import uvloop
 from octavo.async_engine import AsyncEngine
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
@@ -23,7 +23,7 @@ def main() -> int:
     )
     given = json.loads(settings[0]) if settings else {}
     try:
-        return asyncio.run(serve(engine, ServerSettings(**{"port": 0, **given})))
+        return uvloop.run(serve(engine, ServerSettings(**{"port": 0, **given})))
     except OctavoError as error:
         print(f"octavo: {error}", file=sys.stderr)
         return 1

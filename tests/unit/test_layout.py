@@ -24,7 +24,7 @@ Rule = Callable[[ast.Module], Iterable[Offence]]
 ENGINE_MAY_IMPORT = tuple(
     f"octavo.{name}" for name in ("admission", "config", "engine", "errors", "outputs", "plugins", "sampling_params")
 )
-CORE_MUST_NOT_IMPORT = ("fastapi", "pydantic", "starlette", "uvicorn")
+CORE_MUST_NOT_IMPORT = ("fastapi", "pydantic", "starlette", "uvicorn", "uvloop")
 UNSAFE_MODULES = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 MODEL_CLASS = re.compile(r"^AutoModel|^PreTrainedModel$|ForCausalLM$|Model$")
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|\braise NotImplementedError\b")
