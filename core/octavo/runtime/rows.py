@@ -79,15 +79,15 @@ class Row:
 
 
 class RowTable:
-    """The rows in use, and in columns [rows] what a step asks of every one.
+    """The rows in use, and what a step asks of every one: `num_known` tokens and whether it is `plain`, both [rows].
 
-    `num_known` counts known tokens; `plain` is Row's; `tells_prompt` says whether the prompt's logprobs are asked for.
+    `telling` are those whose prompt's logprobs are asked for.
     """
 
     def __init__(self, num_rows: int) -> None:
         self.num_known = np.zeros(num_rows, dtype=np.int32)
         self.plain = np.zeros(num_rows, dtype=np.bool_)
-        self.tells_prompt = np.zeros(num_rows, dtype=np.bool_)
+        self.telling: set[int] = set()
         self._rows: list[Row | None] = [None] * num_rows
 
     def __getitem__(self, index: int) -> Row:
@@ -98,14 +98,17 @@ class RowTable:
 
     def put(self, index: int, row: Row) -> None:
         """Row `index` is now this one."""
+        self.drop(index)
         self._rows[index] = row
         self.num_known[index] = len(row.token_ids)
         self.plain[index] = row.plain
-        self.tells_prompt[index] = row.params.prompt_logprobs is not None
+        if row.params.prompt_logprobs is not None:
+            self.telling.add(index)
 
     def drop(self, index: int) -> None:
         """Row `index` is in use no longer."""
         self._rows[index] = None
+        self.telling.discard(index)
 
 
 def _is_plain(params: SamplingParams) -> bool:

@@ -99,7 +99,7 @@ class Runner:
 
     def _wants_few(self, step: StepInput) -> bool:
         """Whether most tokens only leave their keys and values: prompts, whose logprobs nobody asked for."""
-        return 0 < len(step.samples.row) < step.num_tokens and not self.rows.tells_prompt[step.rows.row].any()
+        return 0 < len(step.samples.row) < step.num_tokens and self.rows.telling.isdisjoint(step.rows.row)
 
     def _plan(self, prepared: Prepared, ending: StepInput | None = None) -> Callable[[], torch.Tensor]:
         """Have every backend plan for the batch; what remains to be done, to the end for the samples of `ending` alone.
@@ -213,7 +213,9 @@ class Runner:
     def _prompt_logprobs(self, computed: Computed) -> list[Callable[[], PromptLogprobs]]:
         results: list[Callable[[], PromptLogprobs]] = []
         rows = computed.step.rows
-        for index in self.rows.tells_prompt[rows.row].nonzero()[0].tolist():
+        if not self.rows.telling:
+            return results
+        for index in [i for i, row in enumerate(rows.row) if row in self.rows.telling]:
             row, start, begin = self.rows[rows.row[index]], rows.start[index], computed.batch.query_start_host[index]
             end = min(start + rows.num_tokens[index], row.num_prompt - 1)
             if end > start:
