@@ -44,7 +44,11 @@ class AttentionSpec:
 
 
 class AttentionBackend(Protocol):
-    """One object for all layers of one spec. Built as `Backend(spec, options, scratch)`."""
+    """One object for all layers of one spec. Built as `Backend(spec, options, scratch)`.
+
+    It may say `plans_on_device = True`: its `plan` launches kernels that read the batch's tensors, and does nothing
+    else, so that a graph can hold it.
+    """
 
     features: frozenset[str]
     kv_layouts: frozenset[str] | None
@@ -71,7 +75,7 @@ class AttentionBackend(Protocol):
         """Compile all that `shapes` can reach."""
 
     def plan(self, batch: Batch) -> Any:
-        """Prepare for a batch, once a step and outside the graph. Plans are never mutated."""
+        """Prepare for a batch, once a step; outside the graph, unless `plans_on_device`. Plans are never mutated."""
 
     def forward(
         self,

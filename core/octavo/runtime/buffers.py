@@ -85,7 +85,7 @@ class BatchBuffers:
                 edits.clear()
 
     def prepare(self, step: StepInput, rows: RowTable, shape: BatchShape | None = None) -> Prepared:
-        """The batch of a step, padded to `shape` where that is given; its token ids lack what `take_sampled` adds.
+        """The batch of a step, padded to `shape` where that is given, without what `take_sampled` and `gather` add.
 
         Batches of one shape lie at the same addresses; all that comes from the host comes in one copy.
         """
@@ -109,13 +109,19 @@ class BatchBuffers:
             query_start,
             seq_lens,
             row_index,
-            tuple(self._gather(group, row_index, seq_lens_host) for group in range(len(self.tables))),
+            self._tables_of(row_index, seq_lens_host),
             tuple(views[:-_OTHERS]),
             sample_index,
             host.query_start.tolist(),
             seq_lens_host,
         )
         return Prepared(batch, sample_rows, tokens, targets)
+
+    def gather(self, batch: Batch) -> None:
+        """Put the requests' block tables into a batch on a GPU; part of its graph where plans are."""
+        if self.device.type != "cpu":
+            for table, room in zip(self.tables, batch.block_tables, strict=True):
+                torch.index_select(table, 0, batch.row_index, out=room)
 
     def take_sampled(self, prepared: Prepared) -> None:
         """Put the tokens that the device sampled last into the batch; part of its graph."""
@@ -147,13 +153,13 @@ class BatchBuffers:
 
     def _fill_lengths(self, host: "_Host", rows: ScheduledRows, padded: BatchShape | None) -> None:
         """Rows, starts of queries and lengths, those of padding too: in a graph of decodes it has a token each."""
-        num_live, size = len(rows.row), len(host.row_index)
+        num_live, size, one_each = len(rows.row), len(host.row_index), _one_each(rows)
         host.row_index[:num_live] = rows.row
         host.row_index[num_live:] = self.padding_row
         host.seq_lens[:num_live] = rows.start
-        host.seq_lens[:num_live] += np.asarray(rows.num_tokens)
+        host.seq_lens[:num_live] += 1 if one_each else np.asarray(rows.num_tokens)
         host.seq_lens[num_live:] = 0
-        if _one_each(rows) and (num_live == size or (padded and padded.num_decodes == size)):
+        if one_each and (num_live == size or (padded and padded.num_decodes == size)):
             host.query_start[:] = self._numbers[: size + 1]
         else:
             host.query_start[0] = 0
@@ -181,12 +187,12 @@ class BatchBuffers:
         live += offsets
         slots[len(token_rows) :] = -1
 
-    def _gather(self, group: int, row_index: torch.Tensor, seq_lens: list[int]) -> torch.Tensor:
-        """The requests' block tables [R, B]: on a GPU all entries, so that strides and addresses stay."""
-        table = self.tables[group]
+    def _tables_of(self, row_index: torch.Tensor, seq_lens: list[int]) -> tuple[torch.Tensor, ...]:
+        """The requests' block tables [R, B]: on a GPU room for all entries, so that strides and addresses stay."""
         if self.device.type == "cpu":
-            return table[:, : -(-max(seq_lens) // self.block_size)].index_select(0, row_index)
-        return torch.index_select(table, 0, row_index, out=self._gathered[group][: len(row_index)])
+            width = -(-max(seq_lens) // self.block_size)
+            return tuple(table[:, :width].index_select(0, row_index) for table in self.tables)
+        return tuple(room[: len(seq_lens)] for room in self._gathered)
 
 
 def shape_of(step: StepInput) -> BatchShape:

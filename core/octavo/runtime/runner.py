@@ -80,6 +80,7 @@ class Runner:
         self.eos_token_ids = eos_token_ids
         self.provider_names = provider_names
         self.graphs = graphs
+        self.plans_on_device = all(getattr(backend, "plans_on_device", False) for backend in backends)
         self.rows = RowTable(buffers.padding_row)
         self.kv_counts = caches[0].counts if caches else None
         self._uncounted_steps = 0
@@ -93,8 +94,12 @@ class Runner:
         prepared = self.buffers.prepare(step, self.rows, shape)
         with named_failures(self.provider_names, self.model.layers, prepared.batch.shape):
             sampled_only = shape is None and self._wants_few(step)
-            forward = self._plan(prepared, step if sampled_only else None)
-            hidden = graphs.replay(shape) if graphs and shape else forward()
+            if graphs is None or shape is None:
+                hidden = self._plan(prepared, step if sampled_only else None)()
+            else:
+                if not self.plans_on_device:
+                    self._plan(prepared)
+                hidden = graphs.replay(shape)
         return Computed(step, prepared, hidden, shape if is_greedy(step, shape, self.rows) else None, sampled_only)
 
     def _wants_few(self, step: StepInput) -> bool:
@@ -107,6 +112,7 @@ class Runner:
         That is None where every token is wanted.
         """
         batch = prepared.batch
+        self.buffers.gather(batch)
         plans: tuple[Any, ...] = tuple(backend.plan(batch) for backend in self.backends)
 
         def forward() -> torch.Tensor:
@@ -127,7 +133,8 @@ class Runner:
         assert self.graphs is not None, "a runner without graphs"
         prepared = self.buffers.padding(shape)
         rows = prepared.batch.row_index
-        self.graphs.capture(shape, self._plan(prepared), lambda hidden: self._take_likeliest(hidden, rows))
+        forward = (lambda: self._plan(prepared)()) if self.plans_on_device else self._plan(prepared)
+        self.graphs.capture(shape, forward, lambda hidden: self._take_likeliest(hidden, rows))
 
     def _take_likeliest(self, hidden: torch.Tensor, row_index: torch.Tensor) -> torch.Tensor:
         """The likeliest token of each row, [R] int64: its next input."""

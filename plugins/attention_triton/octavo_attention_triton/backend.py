@@ -54,6 +54,7 @@ class TritonAttention:
     features = frozenset({"window", "softcap"})
     kv_layouts: frozenset[str] | None = frozenset({"plain", "fp8", "fp8_e5m2", "int8"})
     graph_support = GraphSupport.MIXED
+    plans_on_device = True
     deterministic = True
     batch_invariant = False
     tuned: ClassVar[Tuning | None] = None
