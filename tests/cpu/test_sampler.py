@@ -24,7 +24,7 @@ Floats = npt.NDArray[np.float64]
 def row_of(seed: int = 0, choice: int = 0, output: Sequence[int] = OUTPUT, **params: Any) -> Row:
     """A row that has generated `output` after PROMPT."""
     known = [*PROMPT, *output]
-    new = NewRow(0, 0, known, len(PROMPT), [[]], SamplingParams(**params), seed, choice)
+    new = NewRow(0, known, len(PROMPT), [[]], SamplingParams(**params), seed, choice)
     return Row.start(new, VOCAB_SIZE, frozenset({EOS}), torch.device("cpu"))
 
 
@@ -220,7 +220,7 @@ def test_penalties_count_what_is_sampled() -> None:
 
 def test_forks_count_for_themselves() -> None:
     parent = row_of(temperature=0.0, frequency_penalty=2.0)
-    child = parent.fork(ForkRow(0, 1, 0, 3))
+    child = parent.fork(ForkRow(0, 1, 3))
     assert child.seed == choice_seed(parent.request_seed, 3) != parent.seed
     assert child.counts is not None
     before = child.counts.generated.clone()
