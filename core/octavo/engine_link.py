@@ -17,9 +17,14 @@ class EngineLink:
     """A running engine process and the socket to it. The process ends when the socket closes, whatever closes it."""
 
     def __init__(
-        self, process: "subprocess.Popen[bytes]", reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        process: "subprocess.Popen[bytes]",
+        connection: socket.socket,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
         self.process = process
+        self._connection = connection
         self._reader = reader
         self._writer = writer
 
@@ -32,7 +37,7 @@ class EngineLink:
             command = [sys.executable, "-P", "-m", "octavo.engine_process", str(theirs.fileno()), str(os.getpid())]
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], process_group=0)
         try:
-            return cls(process, *await asyncio.open_unix_connection(sock=ours, limit=_READ_BUFFER_BYTES))
+            return cls(process, ours, *await asyncio.open_unix_connection(sock=ours, limit=_READ_BUFFER_BYTES))
         except BaseException:
             ours.close()
             await _reap(process, 0.0)
@@ -40,8 +45,20 @@ class EngineLink:
 
     def send(self, message: ToEngine) -> None:
         """Hand a message to the engine; it is lost when the process has ended."""
-        if not self._writer.is_closing():
-            self._writer.write(encode(message))
+        if self._writer.is_closing():
+            return
+        frame = encode(message)
+        if self._writer.transport.get_write_buffer_size() == 0:
+            frame = frame[self._send_now(frame) :]
+        if frame:
+            self._writer.write(frame)
+
+    def _send_now(self, frame: bytes) -> int:
+        """Send what the socket takes, in bytes: an event loop may keep it until many other requests are read."""
+        try:
+            return self._connection.send(frame, socket.MSG_DONTWAIT)
+        except OSError:  # full, or broken, which the writer will find out
+            return 0
 
     async def receive(self) -> FromEngine | None:
         """The next message from the engine; None when the process has ended."""

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -77,18 +77,13 @@ class Job:
 
     async def run(self) -> list[RequestOutput]:
         """All outputs, in the order of the prompts. Raises StepError when the engine failed on one."""
-        tasks = [
-            asyncio.create_task(
-                self.api.engine.complete(
-                    f"{self.id}-{i}", tokens, params, priority=self.priority, cache_salt=self.cache_salt
-                )
+        works = [
+            self.api.engine.complete(
+                f"{self.id}-{i}", tokens, params, priority=self.priority, cache_salt=self.cache_salt
             )
             for i, (tokens, params) in enumerate(zip(self.prompts, self.params, strict=True))
         ]
-        try:
-            outputs = await asyncio.gather(*tasks)
-        finally:
-            await cancel(tasks)
+        outputs = [await works[0]] if len(works) == 1 else await _all(works)
         for choice in (choice for output in outputs for choice in output.outputs):
             check_reason(choice.finish_reason, choice.error)
         if self.echo_only:
@@ -109,6 +104,14 @@ class Job:
             return _all_muted(parts)
         interval = self.api.settings.stream_interval
         return parts if interval == 1 else spaced(parts, interval)
+
+
+async def _all(works: Sequence[Coroutine[Any, Any, RequestOutput]]) -> list[RequestOutput]:
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await cancel(tasks)
 
 
 def _muted(part: _Part) -> _Part:

@@ -30,6 +30,7 @@ from octavo_server.settings import ServerSettings
 from octavo_server.streaming import cancel
 from octavo_server.tracing import trace
 from octavo_server.tracing_log import configure_logging, log_requests
+from octavo_server.turns import take_turns
 from octavo_server.watchdog import watch_steps
 from octavo_server.welcome import welcome
 
@@ -82,6 +83,7 @@ def build_app(
     allow_origins(app, settings)
     observers += [trace(app, settings.otlp_traces_endpoint, engine), log_requests(app, settings, engine)]
     engine.observer = Observers(engine.observer, *(one for one in observers if one is not None))
+    take_turns(app)
     app.root_path = settings.root_path
     return app
 

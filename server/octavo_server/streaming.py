@@ -63,13 +63,25 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T |
 
 
 async def _until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    task = asyncio.create_task(work)
+    """The result of `work`, which begins at once: as a task it would wait behind all requests that came meanwhile."""
     gone = asyncio.create_task(_disconnect(receive))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        async with asyncio.timeout(None) as patience:
+
+            def end(_: "asyncio.Task[None]") -> None:
+                patience.reschedule(0.0)
+
+            gone.add_done_callback(end)
+            try:
+                return await work
+            finally:
+                gone.remove_done_callback(end)
+    except TimeoutError:
+        if not patience.expired():
+            raise
+        return None
     finally:
-        await cancel([task, gone])
+        await cancel([gone])
 
 
 async def _disconnect(receive: Receive) -> None:

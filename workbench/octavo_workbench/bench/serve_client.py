@@ -87,7 +87,7 @@ class Server:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        return json.dumps(content | ({"cache_salt": self.salt} if self.salted else {})).encode()
+        return msgspec.json.encode(content | ({"cache_salt": self.salt} if self.salted else {}))
 
 
 async def find_model(server: Server) -> str:
