@@ -78,12 +78,12 @@ def build_app(
         isolate_cache_by_key=settings.isolate_cache_by_key,
     )
     # The middleware added last sees a request first.
+    take_turns(app)
     observers = [limit(app, settings, engine)]
     guard(app, settings, keys)
     allow_origins(app, settings)
     observers += [trace(app, settings.otlp_traces_endpoint, engine), log_requests(app, settings, engine)]
     engine.observer = Observers(engine.observer, *(one for one in observers if one is not None))
-    take_turns(app)
     app.root_path = settings.root_path
     return app
 
@@ -98,7 +98,7 @@ class _Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             lifespan="off",
-            http="httptools",
+            http="h11",  # httptools puts no end to headers, and loses bodies of clients that offer HTTP/2
             ws="none",
             log_level=settings.uvicorn_log_level,
             access_log=False,  # ours has the requests' ids

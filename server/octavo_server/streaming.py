@@ -67,15 +67,17 @@ async def _until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | Non
     gone = asyncio.create_task(_disconnect(receive))
     try:
         async with asyncio.timeout(None) as patience:
+            over = False
 
             def end(_: "asyncio.Task[None]") -> None:
-                patience.reschedule(0.0)
+                if not over:  # both may end at once
+                    patience.reschedule(0.0)
 
             gone.add_done_callback(end)
             try:
                 return await work
             finally:
-                gone.remove_done_callback(end)
+                over = True
     except TimeoutError:
         if not patience.expired():
             raise

@@ -10,7 +10,7 @@ _AT_ONCE = 8  # beginning takes some 0.3 ms each
 
 
 class Turns:
-    """Begins a few requests between two looks at the sockets (ASGI middleware).
+    """Begins a few requests for work between two looks at the sockets (ASGI middleware); others are short.
 
     An event loop does all that is due before it looks: hundreds of requests that come at once would be read to the last
     before the first token of anyone's goes out.
@@ -23,7 +23,8 @@ class Turns:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request (ASGI) in its turn."""
-        await self._turn()
+        if scope["type"] == "http" and scope["method"] == "POST":
+            await self._turn()
         await self._app(scope, receive, send)
 
     async def _turn(self) -> None:
@@ -41,7 +42,7 @@ class Turns:
         self._left = _AT_ONCE
         while self._waiting and self._left:
             waiting = self._waiting.popleft()
-            if not waiting.done():  # the client may have left
+            if not waiting.done():  # it may be cancelled
                 waiting.set_result(None)
                 self._left -= 1
         if self._left < _AT_ONCE:

@@ -1,6 +1,7 @@
 """Bodies, open requests, the queue and long texts."""
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
@@ -191,3 +192,28 @@ def test_check_text_is_quick_and_strict(tokenizer: Tokenizer) -> None:
     with pytest.raises(RequestError, match="5000000 characters"):
         check_text("é" * 5_000_000, tokenizer, 2)
     assert time.perf_counter() - begin < 0.2
+
+
+# -- heads -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", [b"x-long: " + b"a" * (1 << 21), b"x: y\r\n" * (1 << 18)], ids=["one", "many"])
+async def test_headers_without_an_end_are_refused(tokenizer: Tokenizer, head: bytes) -> None:
+    """Before a key is looked at: whoever reaches the port could fill the memory."""
+    async with live_server(tokenizer, ServerSettings(port=0)) as live:
+        reader, writer = await asyncio.open_connection("127.0.0.1", live.client.base_url.port)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n" + head)
+        async with asyncio.timeout(5):
+            with contextlib.suppress(ConnectionError):
+                assert (await reader.read()).startswith((b"HTTP/1.1 400", b""))
+        writer.close()
+        assert (await live.client.get("/health")).status_code == 200
+
+
+async def test_the_body_of_a_client_that_offers_http_2_is_read(tokenizer: Tokenizer) -> None:
+    """Java's HttpClient and `curl --http2` offer to upgrade each request."""
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+    async with live_server(tokenizer, ServerSettings(port=0)) as live:
+        body = {"prompt": [5, 6, 7], "max_tokens": 2}
+        answer = await live.client.post("/v1/completions", json=body, headers=offer)
+        assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 2)

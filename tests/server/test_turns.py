@@ -40,7 +40,7 @@ async def looks(app: Counted) -> list[int]:
 
 
 def crowd(turns: Turns, *numbers: int) -> list["asyncio.Task[None]"]:
-    return [asyncio.create_task(turns({"type": "http", "number": n}, receive, send)) for n in numbers]
+    return [asyncio.create_task(turns({"type": "http", "method": "POST", "number": n}, receive, send)) for n in numbers]
 
 
 async def test_a_crowd_begins_in_its_order_and_in_small_groups() -> None:

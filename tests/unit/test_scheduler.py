@@ -53,7 +53,9 @@ def test_tables_grow_with_the_tokens() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("groups", [(KVGroup(),), (KVGroup(), KVGroup(6))])
+@pytest.mark.parametrize(
+    "groups", [(KVGroup(),), (KVGroup(), KVGroup(6)), (KVGroup(), KVGroup(5)), (KVGroup(), KVGroup(7))]
+)
 def test_the_short_way_of_decodes_gives_the_steps_of_the_long_one(depth: int, groups: tuple[KVGroup, ...]) -> None:
     def steps(short: bool) -> list[tuple[Any, ...]]:
         rig = rig_of(prefix_caching=True, num_blocks=24, groups=groups)
@@ -61,12 +63,29 @@ def test_the_short_way_of_decodes_gives_the_steps_of_the_long_one(depth: int, gr
             rig.blocks.room = lambda key: 0  # type: ignore[method-assign]
         for number in range(9):
             rig.add([*range(number % 4, 7 + number)], n=1 + number % 2, max_tokens=9, sync=number % 5 == 4)
-        rig.run(depth)
+        num_steady = 0
+        while rig.scheduler.has_requests or rig.outputs:
+            while len(rig.outputs) < depth and rig.submit() is not None:
+                num_steady += sum(request.num_computed < request.steady_end for request in rig.scheduler.running)
+            rig.deliver()
+        rig.verify()
+        assert (num_steady > 0) == short
         assert rig.scheduler.counters.num_preemptions and rig.scheduler.counters.num_cached_tokens
         # The short way's rows come first; otherwise nothing differs.
         return [(replace(s, rows=None, samples=None), sorted(s.rows), sorted(s.samples)) for s in rig.executor.steps]
 
     assert steps(short=True) == steps(short=False)
+
+
+def test_the_gauges_count_what_steady_requests_have_written() -> None:
+    rig = rig_of(num_blocks=20, block_size=8)
+    rig.add(5, max_tokens=9)
+    found = []
+    for _ in range(4):
+        rig.step()
+        stats = rig.scheduler.snapshot()
+        found.append((stats.kv_tokens, stats.kv_slots))
+    assert found == [(5, 8), (6, 8), (7, 8), (8, 8)]
 
 
 def test_freed_rows_are_told_by_the_next_step() -> None:

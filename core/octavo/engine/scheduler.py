@@ -56,7 +56,7 @@ class Counters:
 class _InFlight:
     """A submitted step, its requests in the order of its rows, and those of its samples.
 
-    None stands for a request that was begun anew since: what the step gives it is void.
+    None stands for a request that a failed step made begin anew since: what the step gives it is void.
     """
 
     step_id: int

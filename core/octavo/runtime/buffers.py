@@ -183,7 +183,8 @@ class BatchBuffers:
         """Where each token's K and V go; -1 for padding."""
         live = slots[: len(token_rows)]
         indices, offsets = np.divmod(positions[: len(token_rows)], self.block_size)
-        np.multiply(table[token_rows, indices], self.block_size, out=live)
+        live[:] = table[token_rows, indices]  # 64 bits, since a cache may hold more than 2^31 slots
+        live *= self.block_size
         live += offsets
         slots[len(token_rows) :] = -1
 

@@ -1,12 +1,12 @@
 """`octavo bench serve`: latency and throughput of an OpenAI-compatible server, requests at random or all at once."""
 
+import asyncio
 import random
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
-import uvloop
 from octavo.errors import ConfigError
 
 from octavo_workbench.bench.arguments import positive, ratio
@@ -113,16 +113,16 @@ def run(args: Namespace) -> int:
     address = Address.of(args.base_url)
     starts = list(arrivals(len(jobs), args.request_rate, args.seed))
     try:
-        model = args.model or uvloop.run(find_model(Server(address, "", args.api_key)))
+        model = args.model or asyncio.run(find_model(Server(address, "", args.api_key)))
     except OSError as error:
         raise ConfigError(f"There is no server at {args.base_url}: {error}.") from error
     server = Server(address, model, args.api_key, salted=not args.no_cache_salt)
     if args.warmup_requests:
         warmup = fixed(args.warmup_requests, 32, 16, seed=_WARMUP_SEED)
-        uvloop.run(drive(server, [Target(job, 0.0) for job in warmup], None, ""))
+        asyncio.run(drive(server, [Target(job, 0.0) for job in warmup], None, ""))
     targets = [Target(job, start) for job, start in zip(jobs, starts, strict=True)]
     progress = "" if args.no_progress else args.workload
-    served, seconds = uvloop.run(drive(server, targets, args.max_concurrency, progress))
+    served, seconds = asyncio.run(drive(server, targets, args.max_concurrency, progress))
     summary = summarise(served, seconds, args.goodput)
     print(_table(summary))
     settings = {"model": model, "workload": args.workload, "request_rate": args.request_rate}
