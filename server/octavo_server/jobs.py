@@ -83,6 +83,7 @@ class Job:
             )
             for i, (tokens, params) in enumerate(zip(self.prompts, self.params, strict=True))
         ]
+        # A task of its own would wait behind all requests that came meanwhile.
         outputs = [await works[0]] if len(works) == 1 else await _all(works)
         for choice in (choice for output in outputs for choice in output.outputs):
             check_reason(choice.finish_reason, choice.error)

@@ -6,7 +6,7 @@ request has tokens computed and tokens wanted, and each step hands out a token b
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import repeat
 
@@ -60,8 +60,8 @@ class _InFlight:
     """
 
     step_id: int
-    requests: list[Request | None]
-    sampled: list[Request | None]
+    requests: Sequence[Request | None]
+    sampled: Sequence[Request | None]
 
     def forget(self, lost: list[Request]) -> None:
         """What the step gives these requests is void."""
@@ -141,7 +141,7 @@ class Scheduler:
         for child in step.children:
             insort(self.running, child, key=self._order)
         self._step_id += 1
-        self._in_flight.append(_InFlight(step.step_id, [*step.requests], [*step.sampled]))
+        self._in_flight.append(_InFlight(step.step_id, step.requests, step.sampled))
         self.counters.num_steps += 1
         self.counters.num_copies += len(step.copies)
         self.counters.num_prompt_tokens_computed += step.num_prompt_tokens
@@ -319,7 +319,7 @@ class Scheduler:
             self._tell(request, []).prompt_logprobs.extend(news)
 
     def _take(
-        self, sampled: list[Request | None], token_ids: list[int], logprobs: Iterable[TokenLogprob | None]
+        self, sampled: Sequence[Request | None], token_ids: list[int], logprobs: Iterable[TokenLogprob | None]
     ) -> None:
         """Each request's token. What is done for all of them is all done here: it is a good part of a step."""
         finished, running, block_size = Status.FINISHED, Status.RUNNING, self.blocks.block_size
