@@ -1,7 +1,6 @@
 """The engine's own process (`python -m octavo.engine_process FD PARENT`): commands in from a socket, events out."""
 
 import ctypes
-import gc
 import logging
 import os
 import queue
@@ -18,6 +17,7 @@ import msgspec
 from octavo import errors
 from octavo.admission import EngineInfo
 from octavo.engine.step import EngineStats
+from octavo.garbage import spare_garbage_collection
 from octavo.wire import (
     Abort,
     Add,
@@ -53,17 +53,6 @@ GRACE_SECONDS = 2.0
 
 _SEND_BUFFER_BYTES = 1 << 20
 _PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
-
-
-def spare_garbage_collection() -> None:
-    """Let collections leave out what there is, and come seldom. For a process that is an engine's own.
-
-    What the start has made stays, and a full collection would look at it for a large part of a second. A step of many
-    requests makes thousands of objects that die without one: looking for garbage every 700 took a tenth of its time.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 50, 100)
 
 
 class EngineProcess:

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from octavo.async_engine import AsyncEngine
 from octavo.config_args import add_arguments, add_engine_arguments, engine_config, resolve
 from octavo.errors import ConfigError, OctavoError
+from octavo.garbage import spare_garbage_collection
 from octavo.request_stream import Observers
 
 from octavo_server.api_settings import ApiSettings
@@ -162,6 +163,7 @@ async def _watch(
     begin = time.monotonic()
     try:
         await engine.launch()
+        spare_garbage_collection()
         if not server.should_exit:
             _say(welcome(engine.info, listener, settings, time.monotonic() - begin, guarded=guarded))
         error = await engine.wait_dead()

@@ -1,5 +1,6 @@
 """A server over an engine without a model: `python serve_fake.py TOKENIZER_DIRECTORY FACTORY [SETTINGS]` (JSON)."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -23,7 +24,9 @@ def main() -> int:
     )
     given = json.loads(settings[0]) if settings else {}
     try:
-        return uvloop.run(serve(engine, ServerSettings(**{"port": 0, **given})))
+        status = uvloop.run(serve(engine, ServerSettings(**{"port": 0, **given})))
+        print(f"{gc.get_freeze_count()} objects are never looked at for garbage", file=sys.stderr)
+        return status
     except OctavoError as error:
         print(f"octavo: {error}", file=sys.stderr)
         return 1

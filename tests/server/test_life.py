@@ -84,6 +84,14 @@ async def test_dead_engine_ends_requests_and_turns_health_red(service: Any) -> N
     assert isinstance(service.engine.dead, EngineDeadError)
 
 
+async def test_collections_leave_out_what_the_start_has_made(tmp_path: Path) -> None:
+    """Looking at all of it for garbage would hold up every stream."""
+    async with server_process(tmp_path, "start") as server:
+        await server.said(READY)
+        server.process.send_signal(signal.SIGTERM)
+        assert int(await server.said(r"(\d+) objects are never looked at")) > 50_000
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_signal_drains(tmp_path: Path, number: int) -> None:
     async with server_process(tmp_path, "start_slow") as server:

@@ -7,8 +7,8 @@ from typing import Any, Self
 
 from octavo.config import EngineConfig
 from octavo.engine.step import EngineStats, TokenEvent
-from octavo.engine_process import spare_garbage_collection
 from octavo.errors import StepError
+from octavo.garbage import spare_garbage_collection
 from octavo.sampling_params import SamplingParams
 from octavo.start import start_engine
 from tqdm import tqdm

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 
 from octavo.errors import ConfigError
+from octavo.garbage import spare_garbage_collection
 
 from octavo_workbench.bench.arguments import positive, ratio
 from octavo_workbench.bench.serve_client import Served, Server, Target, drive, find_model
@@ -122,6 +123,7 @@ def run(args: Namespace) -> int:
         asyncio.run(drive(server, [Target(job, 0.0) for job in warmup], None, ""))
     targets = [Target(job, start) for job, start in zip(jobs, starts, strict=True)]
     progress = "" if args.no_progress else args.workload
+    spare_garbage_collection()  # a pause of this process would look like one of the server
     served, seconds = asyncio.run(drive(server, targets, args.max_concurrency, progress))
     summary = summarise(served, seconds, args.goodput)
     print(_table(summary))

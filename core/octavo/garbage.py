@@ -1,0 +1,14 @@
+"""Python's garbage collector in a process that has started all it will and then serves."""
+
+import gc
+
+
+def spare_garbage_collection() -> None:
+    """Let collections leave out what there is, and come seldom. For a process that is an engine's or a server's own.
+
+    What the start has made stays, and a full collection would look at it for a large part of a second. A step of many
+    requests makes thousands of objects that die without one: looking for garbage every 700 took a tenth of its time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
