@@ -66,6 +66,7 @@ class Other(Recorder):
     kv_layouts: frozenset[str] | None = frozenset({"plain", "far"})
     graph_support = GraphSupport.MIXED
     deterministic = False
+    plans_on_device = True
 
 
 def parts_of(backend: Any) -> tuple[Recorder, Recorder]:
@@ -134,6 +135,7 @@ def test_facts_are_those_of_both() -> None:
     assert by_phase(Other, Recorder).kv_layouts == Other.kv_layouts
     assert by_phase(Recorder, Recorder).kv_layouts is None
     assert not joined.deterministic and by_phase(Recorder, Recorder).deterministic
+    assert not by_phase(Other, Recorder).plans_on_device and by_phase(Other, Other).plans_on_device
     assert joined.scratch_bytes(spec, None) == 300
     assert joined.persistent_bytes(spec, None) == 400
 

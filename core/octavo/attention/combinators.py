@@ -60,6 +60,7 @@ def by_phase(
         "kv_layouts": _both(decode.kv_layouts, prefill.kv_layouts),
         "graph_support": _graph_support(decode.graph_support, prefill.graph_support),
         "deterministic": decode.deterministic and prefill.deterministic,
+        "plans_on_device": all(getattr(one, "plans_on_device", False) for one in (decode, prefill)),
     }
     return type("ByPhase", (_ByPhase,), members)
 
@@ -84,6 +85,7 @@ class _ByPhase:
     kv_layouts: frozenset[str] | None
     graph_support: GraphSupport
     deterministic: bool
+    plans_on_device: bool
     batch_invariant = False  # how a prompt is cut into steps decides which backend computes its last token
 
     @classmethod

@@ -25,7 +25,7 @@ from octavo.testing.attention import (
 )
 from octavo.testing.conformance import Conformance
 from octavo.testing.gpu import captured, no_synchronisation, num_allocations
-from octavo.testing.graph_buffers import GraphBuffers
+from octavo.testing.graph_buffers import GraphBuffers, graph_batches
 
 MIXED = ((1, 1), (1, 37), (1, 64), (9, 50), (12, 12), (12, 12))
 """Decodes, a chunk after cached tokens, whole prompts."""
@@ -37,6 +37,7 @@ _EDGES = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257)
 _BIG_BYTES = 0x7B  # a byte that repeated is a large number in every dtype
 _FAR = 1 << 31
 Requests = Sequence[tuple[int, int]]
+_SUPPORTS = pytest.mark.parametrize("support", [GraphSupport.DECODE, GraphSupport.UNIFORM, GraphSupport.MIXED])
 
 
 def refusal(backend: type[AttentionBackend], spec: AttentionSpec, options: Any = None) -> str | None:
@@ -327,20 +328,53 @@ class AttentionConformance(Conformance):
         with no_synchronisation():
             backend.plan(case.batch)
 
-    @pytest.mark.parametrize("support", [GraphSupport.DECODE, GraphSupport.UNIFORM, GraphSupport.MIXED])
+    def test_c6_plan_reads_tensors_alone(self, dtype: torch.dtype) -> None:
+        """Where the backend says `plans_on_device`, what the host believes of a batch does not count."""
+        self._need_plan_on_device()
+        case = self.case(self.spec(dtype), MIXED)
+        nothing = [0] * len(MIXED)
+        backend, out = self.build(case.spec), torch.empty_like(case.q.contiguous())
+        plan = backend.plan(replace(case.batch, query_start_host=[0, *nothing], seq_lens_host=nothing))
+        backend.forward(plan, case.q, case.kv, out.fill_(torch.nan))
+        assert_right(case, out)
+
+    @_SUPPORTS
     def test_graph_replay(self, dtype: torch.dtype, support: GraphSupport) -> None:
         """Captured once, a graph serves batches of other lengths after `plan` (C5): shorter, longer, less padded."""
         self._need_graphs(support)
-        spec = self.spec(dtype)
-        cases, shape = self._graph_cases(spec, support)
-        buffers, backend = GraphBuffers(shape, cases), self.build(spec)
-        backend.warmup([shape])
+        cases, buffers, backend = self._graph_parts(dtype, support)
         plan = backend.plan(buffers.load(cases[0]))
         graph = captured(lambda: backend.forward(plan, buffers.qkv[0], buffers.kv, buffers.out))
         for case in (*cases, cases[0]):
             backend.plan(buffers.load(case))
             graph.replay()
             assert_right(case, buffers.out)
+
+    @_SUPPORTS
+    def test_graph_holds_the_plan(self, dtype: torch.dtype, support: GraphSupport) -> None:
+        """Where the backend says `plans_on_device`, a graph of `plan` and `forward` serves them by itself."""
+        self._need_graphs(support)
+        self._need_plan_on_device()
+        cases, buffers, backend = self._graph_parts(dtype, support)
+        batch = buffers.load(cases[0])
+        graph = captured(lambda: backend.forward(backend.plan(batch), buffers.qkv[0], buffers.kv, buffers.out))
+        for case in (*cases, cases[0]):
+            buffers.load(case)
+            graph.replay()
+            assert_right(case, buffers.out)
+
+    def _need_plan_on_device(self) -> None:
+        if not getattr(self.backend, "plans_on_device", False):
+            pytest.skip("The backend does not say plans_on_device.")
+
+    def _graph_parts(
+        self, dtype: torch.dtype, support: GraphSupport
+    ) -> tuple[list[AttentionCase], GraphBuffers, AttentionBackend]:
+        spec = self.spec(dtype)
+        cases, shape = self._graph_cases(spec, support)
+        backend = self.build(spec)
+        backend.warmup([shape])
+        return cases, GraphBuffers(shape, cases), backend
 
     def _need_graphs(self, support: GraphSupport) -> None:
         self.need_gpu()
@@ -349,22 +383,5 @@ class AttentionConformance(Conformance):
 
     def _graph_cases(self, spec: AttentionSpec, support: GraphSupport) -> tuple[list[AttentionCase], BatchShape]:
         """Batches of one padded shape and of different lengths."""
-        batches: list[tuple[Requests, dict[str, int]]]
-        if support is GraphSupport.DECODE:
-            batches = [
-                ([(1, m) for m in (20, 33, 64, 100, 7)], {"padding_requests": 3}),
-                ([(1, m) for m in (1900, 1, 640, 129, 16, 17, 300)], {"padding_requests": 1}),
-                ([(1, m) for m in range(250, 258)], {}),
-            ]
-            shape = BatchShape(8, 8, 1, 8)
-        elif support is GraphSupport.UNIFORM:
-            batches = [([(4, m) for m in lens], {}) for lens in ((20, 33, 4), (900, 5, 64), (65, 17, 1300))]
-            shape = BatchShape(12, 3, 4, 0)
-        else:
-            batches = [
-                ([(1, 20), (1, 33), (16, 40), (10, 10)], {"padding_requests": 1, "padding_tokens": 4}),
-                ([(1, 900), (1, 1), (3, 300), (16, 16), (7, 64)], {"padding_tokens": 4}),
-                ([(1, 64), (1, 65), (30, 90)], {"padding_requests": 2}),
-            ]
-            shape = BatchShape(32, 5, 30, 2)
+        batches, shape = graph_batches(support)
         return [self.case(spec, requests, **padding) for requests, padding in batches], shape

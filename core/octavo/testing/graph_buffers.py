@@ -1,10 +1,12 @@
-"""Persistent, padded buffers for a batch, as the runner keeps them for a CUDA graph."""
+"""Persistent, padded buffers for a batch, as the runner keeps them for a CUDA graph, and batches to go through them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from octavo.attention.interface import GraphSupport
 from octavo.batch import Batch, BatchShape
 from octavo.testing.attention import POISON, AttentionCase
 
@@ -47,3 +49,26 @@ class GraphBuffers:
 
 def _qkv(case: AttentionCase) -> list[torch.Tensor]:
     return [case.q, *case.new]
+
+
+def graph_batches(support: GraphSupport) -> tuple[list[tuple[Sequence[tuple[int, int]], dict[str, int]]], BatchShape]:
+    """Requests (query_len, seq_len) and paddings of batches of different lengths, and the shape that fits them all."""
+    batches: list[tuple[Sequence[tuple[int, int]], dict[str, int]]]
+    if support is GraphSupport.DECODE:
+        batches = [
+            ([(1, m) for m in (20, 33, 64, 100, 7)], {"padding_requests": 3}),
+            ([(1, m) for m in (1900, 1, 640, 129, 16, 17, 300)], {"padding_requests": 1}),
+            ([(1, m) for m in range(250, 258)], {}),
+        ]
+        shape = BatchShape(8, 8, 1, 8)
+    elif support is GraphSupport.UNIFORM:
+        batches = [([(4, m) for m in lens], {}) for lens in ((20, 33, 4), (900, 5, 64), (65, 17, 1300))]
+        shape = BatchShape(12, 3, 4, 0)
+    else:
+        batches = [
+            ([(1, 20), (1, 33), (16, 40), (10, 10)], {"padding_requests": 1, "padding_tokens": 4}),
+            ([(1, 900), (1, 1), (3, 300), (16, 16), (7, 64)], {"padding_tokens": 4}),
+            ([(1, 64), (1, 65), (30, 90)], {"padding_requests": 2}),
+        ]
+        shape = BatchShape(32, 5, 30, 2)
+    return batches, shape
