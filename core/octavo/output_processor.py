@@ -1,6 +1,6 @@
 """From token events to text: one request's choices, their logprobs and their stop strings."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from octavo.engine.step import TokenEvent, TokenLogprob
 from octavo.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
@@ -28,6 +28,17 @@ class Delta:
     abort: bool = False
     num_cached_tokens: int | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    def then(self, later: "Delta") -> "Delta":
+        """This delta and the next one of its choice as one."""
+        return replace(
+            later,
+            text=self.text + later.text,
+            token_ids=[*self.token_ids, *later.token_ids],
+            logprobs=None if self.logprobs is None else [*self.logprobs, *(later.logprobs or [])],
+            num_cached_tokens=self.num_cached_tokens,
+            prompt_logprobs=self.prompt_logprobs,
+        )
 
 
 class OutputProcessor:

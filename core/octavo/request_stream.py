@@ -1,7 +1,6 @@
 """A request's deltas between the engine's link and whoever wants them, and those who only watch."""
 
 import asyncio
-from collections import deque
 from typing import Self
 
 from octavo.engine.step import EngineStats
@@ -30,17 +29,22 @@ class Observer:
 
 
 class RequestStream:
-    """A request's deltas on their way from the socket to whoever iterates over them."""
+    """A request's deltas on their way from the socket to whoever iterates over them.
+
+    Who falls behind gets what came meanwhile as one delta a choice, which costs as much as one token.
+    """
 
     def __init__(self, processor: OutputProcessor) -> None:
         self.processor = processor
         self.error: OctavoError | None = None
-        self._deltas: deque[Delta] = deque()
+        self._deltas: dict[tuple[int, bool], Delta] = {}
         self._changed = asyncio.Event()
 
     def put(self, delta: Delta) -> None:
-        """Hand on what a choice gained."""
-        self._deltas.append(delta)
+        """Hand on what a choice gained. An error stays on its own, so that what came before it is not lost with it."""
+        key = (delta.index, delta.error is not None)
+        held = self._deltas.get(key)
+        self._deltas[key] = delta if held is None else held.then(delta)
         self._changed.set()
 
     def fail(self, error: OctavoError) -> None:
@@ -59,7 +63,7 @@ class RequestStream:
                 raise self.error
             await self._changed.wait()
             self._changed.clear()
-        return self._deltas.popleft()
+        return self._deltas.pop(next(iter(self._deltas)))
 
 
 class Observers(Observer):

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -107,19 +106,12 @@ async def spaced(
     async with contextlib.aclosing(parts):
         async for prompt, delta in parts:
             key = (prompt, delta.index)
-            whole = _joined(held.pop(key), delta) if key in held else delta
+            whole = held.pop(key).then(delta) if key in held else delta
             if key in begun and len(whole.token_ids) < interval and whole.finish_reason is None:
                 held[key] = whole
                 continue
             begun.add(key)
             yield prompt, whole
-
-
-def _joined(first: Delta, second: Delta) -> Delta:
-    logprobs = None if first.logprobs is None else [*first.logprobs, *(second.logprobs or [])]
-    return replace(
-        second, text=first.text + second.text, token_ids=[*first.token_ids, *second.token_ids], logprobs=logprobs
-    )
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:

@@ -184,6 +184,7 @@ async def test_chat_messages_of_every_kind(service: Any, tokenizer: Tokenizer) -
     assert answer["prompt_token_ids"] == tokenizer.encode("system:s;user:a\nb;assistant:;")
 
 
+@pytest.mark.parametrize("factory", ["start_slow"])
 async def test_chat_stream(service: Any) -> None:
     chunks = await _stream(service, "chat/completions", _chat("hi", max_tokens=4, n=2))
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
@@ -216,6 +217,7 @@ async def test_chat_logprobs(service: Any, tokenizer: Tokenizer) -> None:
     assert entry["top_logprobs"] == []
 
 
+@pytest.mark.parametrize("factory", ["start_slow"])
 async def test_stream_usage(service: Any) -> None:
     body = {"prompt": ["abc", "x"], "max_tokens": 2, "stream_options": {"include_usage": True}}
     *chunks, last = await _stream(service, "completions", body)

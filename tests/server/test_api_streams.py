@@ -42,6 +42,7 @@ async def test_prompt_facts_of_a_chat_are_in_the_first_chunk(service: Any, token
     assert all("prompt_logprobs" not in chunk and "prompt_token_ids" not in chunk for chunk in others)
 
 
+@pytest.mark.parametrize("factory", ["start_slow"])
 async def test_prompt_facts_are_not_held_back_with_the_text(service: Any) -> None:
     # The stop string keeps the first token's text back.
     body = {"prompt": "ab", "max_tokens": 3, "stop": "abz", "prompt_logprobs": 0}
@@ -61,6 +62,7 @@ async def test_stream_options_that_ask_for_nothing_need_no_stream(service: Any) 
         assert (await service.client.post("/v1/completions", json=body)).status_code == 200
 
 
+@pytest.mark.parametrize("factory", ["start_slow"])
 @pytest.mark.parametrize("settings", [ApiSettings(stream_interval=3)])
 async def test_tokens_are_joined_to_the_interval(service: Any) -> None:
     body = {"prompt": "abcd", "max_tokens": 8, "logprobs": 0, "return_token_ids": True}

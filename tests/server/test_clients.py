@@ -78,6 +78,7 @@ async def test_asynchronous_chat_stream(async_client: openai.AsyncOpenAI) -> Non
         assert (await events.get_final_completion()).choices[0].message.content == "use"
 
 
+@pytest.mark.parametrize("factory", ["start_slow"])
 async def test_asynchronous_completion(async_client: openai.AsyncOpenAI) -> None:
     whole = await async_client.completions.create(model="fake", prompt="abcd", max_tokens=50, stop="cd")
     assert (whole.choices[0].text, whole.choices[0].finish_reason) == ("ab", "stop")

@@ -66,7 +66,7 @@ async def _until_idle(engine: AsyncEngine) -> None:
 
 
 async def test_streams_text_and_leaves_nothing(tokenizer: Tokenizer, temporary: Path) -> None:
-    async with _engine(tokenizer) as engine:
+    async with _engine(tokenizer, "start_slow") as engine:
         assert engine.ready and engine.info.model == "fake"
         assert list(temporary.iterdir()) == []  # the socket is gone as soon as it is connected
         pid = _pid(engine)
