@@ -1,6 +1,7 @@
 """The engine on a GPU: the CPU reference's tokens in float32, whatever graphs, chunks and neighbours there are."""
 
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,23 @@ def test_no_step_waits_for_the_device(llama: "Reference", temperature: float, op
             engine.add_request(str(i), prompt, params)
         submit_only(engine, 30)
         assert engine.has_work()
+
+
+@pytest.mark.parametrize("num_requests", [3, 37, 90, 171])
+def test_a_long_step_is_submitted_while_the_device_is_busy(llama: "Reference", num_requests: int) -> None:
+    """Kernels that libraries load when they first choose them would wait for it: the start has loaded them all."""
+    length = 2000 // num_requests
+    with started(llama, num_gpu_blocks_override=2000, max_num_batched_tokens=2048) as engine:
+        for i in range(num_requests):
+            engine.add_request(str(i), [1 + i % 400] * length, SamplingParams(temperature=0.0, max_tokens=3))
+        step = engine.scheduler.schedule()
+        assert step is not None and step.num_tokens > 1024 and len(step.samples) == num_requests
+        torch.cuda._sleep(int(1e9))  # type: ignore[no-untyped-call]  # clock cycles: about half a second
+        begin = time.perf_counter()
+        pending = engine._executor.sample(engine._executor.submit(step))
+        submitted = time.perf_counter() - begin
+        pending.result()
+        assert submitted < 0.2 < time.perf_counter() - begin
 
 
 def test_nothing_is_compiled_after_the_start(llama: "Reference") -> None:

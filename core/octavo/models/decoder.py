@@ -28,6 +28,12 @@ class DecoderLayer:
     ops: Ops
     eps: float
 
+    @property
+    def kind(self) -> tuple[type, ...]:
+        """The matmuls of its products: layers of one kind run the same kernels."""
+        linears = (self.qkv, self.output, self.gate_up, self.down)
+        return tuple(type(matmul) for linear in linears for matmul, _ in linear.parts)
+
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None, step: StepContext, wanted: Wanted | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

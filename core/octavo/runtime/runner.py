@@ -11,7 +11,7 @@ from octavo.attention.interface import AttentionBackend
 from octavo.batch import Batch, BatchShape
 from octavo.engine.step import BlockCopy, PromptLogprobs, StepInput, StepOutput, TokenLogprob
 from octavo.kv_cache.interface import KVCache
-from octavo.models.decoder import Decoder
+from octavo.models.decoder import Decoder, DecoderLayer
 from octavo.models.layers import StepContext, Wanted
 from octavo.runtime.buffers import BatchBuffers, Prepared, shape_of
 from octavo.runtime.failures import named_failures
@@ -126,6 +126,14 @@ class Runner:
     def run_padding(self, shape: BatchShape) -> torch.Tensor:
         """Compute a batch of padding: what a step of this shape needs is then compiled and allocated."""
         return self._plan(self.buffers.padding(shape))()
+
+    @torch.inference_mode()
+    def run_layer(self, layer: DecoderLayer, num_tokens: int) -> None:
+        """Compute one layer of a batch of padding."""
+        batch = self.buffers.padding(BatchShape(num_tokens, 1, num_tokens, 0)).batch
+        self.buffers.gather(batch)
+        plans = tuple(backend.plan(batch) for backend in self.backends)
+        layer(self.model.embed(batch.token_ids), None, StepContext(batch, plans, self.caches))
 
     @torch.inference_mode()
     def capture(self, shape: BatchShape) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from octavo.attention.interface import GraphSupport
 from octavo.batch import BatchShape
-from octavo.engine.step import NewRow
+from octavo.engine.step import NewRow, SampleRow, SampleRows, ScheduledRow, ScheduledRows, StepInput
 from octavo.runtime.assembly import Assembly
 from octavo.runtime.graphs import GraphShapes
 from octavo.runtime.memory import GRAPH_BYTES, Reserve
@@ -67,13 +67,44 @@ def _sample_all(runner: Runner, hidden: torch.Tensor) -> None:
         sample(runner.logits(hidden), [row] * len(hidden), [1] * len(hidden))
 
 
+def _product_sizes(most: int) -> list[int]:
+    """Numbers of tokens up to `most`, dense where they are few: libraries choose a product's kernel by them."""
+    return sorted({size for size in (1, 2, 4, *range(8, 512, 8), *range(512, most, 128), most) if size <= most})
+
+
 @torch.inference_mode()
-def _run_head(runner: Runner, assembly: Assembly) -> None:
-    """Compute the logits of few rows and of many: no other product is of float32, and it may be of any number."""
+def _run_products(runner: Runner, assembly: Assembly) -> None:
+    """Run a layer of each kind, and the head, for any number of tokens.
+
+    A library loads a kernel when it first chooses it, and that waits for all that the device has been given: in a long
+    step, until it ends.
+    """
+    for layer in {layer.kind: layer for layer in runner.model.layers}.values():
+        for size in _product_sizes(assembly.limits.max_tokens):
+            runner.run_layer(layer, size)
     most, device = max(assembly.limits.max_requests, LOGITS_AT_ONCE), assembly.device.torch_device
     hidden = torch.zeros(most, assembly.model.hidden_size, dtype=assembly.dtype, device=device)
-    for power in range(most.bit_length()):
-        runner.logits(hidden[: 1 << power])
+    for size in _product_sizes(most):
+        runner.logits(hidden[:size])
+
+
+def _rehearse(runner: Runner, assembly: Assembly) -> None:
+    """A whole step of prompts: what else such a step loads and allocates. Its keys and values go to the null block."""
+    limits = assembly.limits
+    count = max(1, min(limits.max_requests, limits.max_tokens // 2))
+    each = min(limits.max_tokens // count, limits.max_model_len)
+    blocks = [[0] * -(-each // assembly.config.block_size)] * len(assembly.groups)
+    step = StepInput(
+        -1,
+        new_rows=[NewRow(row, [0] * each, each, blocks, _SAMPLING[0], 0, 0) for row in range(count)],
+        rows=ScheduledRows.of(*(ScheduledRow(row, 0, each) for row in range(count))),
+        samples=SampleRows.of(*(SampleRow(row, row, each) for row in range(count))),
+    )
+    runner.sample(runner.submit(step)).result()
+    for row in range(count):
+        runner.rows.drop(row)
+    if runner.kv_counts is not None:
+        runner.kv_counts.zero_()
 
 
 def warm_up(runner: Runner, assembly: Assembly, show: Callable[[Sequence[BatchShape]], Iterable[BatchShape]]) -> int:
@@ -85,7 +116,8 @@ def warm_up(runner: Runner, assembly: Assembly, show: Callable[[Sequence[BatchSh
         eager.append(BatchShape(limits.max_tokens, 2, limits.max_tokens - 1, 1))
     for backend in runner.backends:
         backend.warmup([*eager, *shapes])
-    _run_head(runner, assembly)
+    _run_products(runner, assembly)
+    _rehearse(runner, assembly)
     free, _ = torch.cuda.mem_get_info()
     for shape in show(shapes):
         runner.capture(shape)
