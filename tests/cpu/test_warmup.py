@@ -1,13 +1,12 @@
 """What a GPU runs before it serves leaves no trace: here on a CPU, where the same code can be called."""
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from octavo.runtime import worker
 from octavo.runtime.assembly import Assembly
-from octavo.runtime.warmup import _product_sizes, _rehearse, _run_products
+from octavo.runtime.warmup import _rehearse, _run_products
 from tiny_models import make_reference, run, start, tokens_of
 
 
@@ -37,10 +36,3 @@ def test_tokens_after_it_are_those_without_it(
     assert tokens_of(run(engine, reference.prompts)) == expected
     assert options or expected == reference.tokens
     engine.shutdown()
-
-
-@pytest.mark.parametrize("most", [1, 7, 8, 100, 512, 2000, 8192])
-def test_products_are_run_up_to_the_most_tokens(most: int) -> None:
-    sizes = _product_sizes(most)
-    assert sizes[0] == 1 and sizes[-1] == most
-    assert all(b - a <= max(8, a // 4) for a, b in pairwise(sizes))

@@ -1,6 +1,6 @@
 """The runner's persistent buffers, and the way from a StepInput to a Batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +9,7 @@ import torch
 from octavo.batch import Batch, BatchShape
 from octavo.engine.step import ScheduledRows, StepInput
 from octavo.runtime.rows import RowTable
+from octavo.runtime.sizes import roomy
 from octavo.runtime.transfer import Packet, Size, padded_bytes, to_device
 
 Ints = npt.NDArray[np.int32]
@@ -51,6 +52,7 @@ class BatchBuffers:
         self.block_size = block_size
         self.device = device
         self.padding_row = max_requests
+        self.max_tokens = max_tokens
         self.tables_host = [np.zeros((max_requests + 1, max_blocks), dtype=np.int32) for _ in range(num_groups)]
         self.tables = [ints(max_requests + 1, max_blocks) for _ in range(num_groups)]
         self.last_token = ints(max_requests + 1)
@@ -87,13 +89,16 @@ class BatchBuffers:
     def prepare(self, step: StepInput, rows: RowTable, shape: BatchShape | None = None) -> Prepared:
         """The batch of a step, padded to `shape` where that is given, without what `take_sampled` and `gather` add.
 
-        Batches of one shape lie at the same addresses; all that comes from the host comes in one copy.
+        Batches of one shape lie at the same addresses; all that comes from the host comes in one copy. On a GPU the
+        numbers of tokens and of `sample_index` are `roomy` ones.
         """
         self._send_edits()
-        padded, shape = shape, shape or shape_of(step)
-        arrays = self._packet.open(_sizes(shape, len(step.samples.row), len(self.tables)))
+        shape = shape or self._roomy(shape_of(step))
+        number = len(step.samples.row)
+        sizes = _sizes(shape, len(self.tables), self._room(number, self.padding_row), number)
+        arrays = self._packet.open(sizes)
         host = _Host(arrays[:-_OTHERS], *arrays[-_OTHERS:])
-        self._fill_lengths(host, step.rows, padded)
+        self._fill_lengths(host, step.rows, shape)
         token_rows = self._fill_positions(host, step.rows)
         for slots, table in zip(host.slots, self.tables_host, strict=True):
             self._fill_slots(slots, table, token_rows, host.positions)
@@ -134,9 +139,12 @@ class BatchBuffers:
 
     def ends(self, step: StepInput, batch: Batch) -> Batch:
         """The tokens of a step's batch whose logits are sampled, as a batch of requests that compute one token."""
-        samples = step.samples
-        number, tokens = len(samples.row), batch.sample_index
-        sources, seq_lens = to_device(np.array([samples.source, samples.position], dtype=np.int32), self.device)
+        samples, tokens = step.samples, batch.sample_index
+        number, num_live = len(tokens), len(samples.row)
+        both = np.zeros((2, number), dtype=np.int32)
+        both[0, num_live:] = self.padding_row
+        both[:, :num_live] = samples.source, samples.position
+        sources, seq_lens = to_device(both, self.device)
         return Batch(
             BatchShape(number, number, 1, number),
             batch.token_ids.index_select(0, tokens),
@@ -148,10 +156,20 @@ class BatchBuffers:
             tuple(slots.index_select(0, tokens) for slots in batch.slots),
             torch.arange(number, dtype=torch.int32, device=self.device),
             list(range(number + 1)),
-            list(samples.position),
+            both[1].tolist(),
         )
 
-    def _fill_lengths(self, host: "_Host", rows: ScheduledRows, padded: BatchShape | None) -> None:
+    def _room(self, number: int, most: int) -> int:
+        return number if self.device.type == "cpu" else roomy(number, most)
+
+    def _roomy(self, shape: BatchShape) -> BatchShape:
+        """The shape with room; where all are decodes, padding is requests of a token each."""
+        if shape.num_decodes == shape.num_requests:
+            number = self._room(shape.num_requests, min(self.padding_row, self.max_tokens))
+            return BatchShape(number, number, 1, number)
+        return replace(shape, num_tokens=self._room(shape.num_tokens, self.max_tokens))
+
+    def _fill_lengths(self, host: "_Host", rows: ScheduledRows, shape: BatchShape) -> None:
         """Rows, starts of queries and lengths, those of padding too: in a graph of decodes it has a token each."""
         num_live, size, one_each = len(rows.row), len(host.row_index), _one_each(rows)
         host.row_index[:num_live] = rows.row
@@ -159,7 +177,7 @@ class BatchBuffers:
         host.seq_lens[:num_live] = rows.start
         host.seq_lens[:num_live] += 1 if one_each else np.asarray(rows.num_tokens)
         host.seq_lens[num_live:] = 0
-        if one_each and (num_live == size or (padded and padded.num_decodes == size)):
+        if one_each and (num_live == size or shape.num_decodes == size):
             host.query_start[:] = self._numbers[: size + 1]
         else:
             host.query_start[0] = 0
@@ -221,11 +239,11 @@ class _Host:
 _OTHERS = 8  # of the arrays are no slots
 
 
-def _sizes(shape: BatchShape, num_samples: int, num_groups: int) -> tuple[Size, ...]:
+def _sizes(shape: BatchShape, num_groups: int, num_ends: int, num_samples: int) -> tuple[Size, ...]:
     """Lengths and bytes of an element of what the host sends: samples last, whose number does not move the others."""
     tokens, requests = shape.num_tokens, shape.num_requests
     longs, ints = (*[tokens] * num_groups, requests), (tokens + 1, tokens, requests + 1, requests, requests)
-    return *((n, 8) for n in longs), *((n, 4) for n in ints), (num_samples, 4), (num_samples, 8)
+    return *((n, 8) for n in longs), *((n, 4) for n in ints), (num_ends, 4), (num_samples, 8)
 
 
 def _one_each(rows: ScheduledRows) -> bool:
@@ -236,12 +254,13 @@ def _fill_samples(host: _Host, step: StepInput) -> None:
     """The rows that are sampled, and the token whose logits each takes: the last of its source's part of the batch."""
     rows, samples = step.rows.row, step.samples
     host.sample_rows[:] = samples.row
-    ends = host.query_start[1 : len(rows) + 1]
+    ends, sampled = host.query_start[1 : len(rows) + 1], host.sample_index[: len(samples.row)]
+    host.sample_index[len(sampled) :] = 0
     if samples.source == rows:
-        np.subtract(ends, 1, out=host.sample_index)
+        np.subtract(ends, 1, out=sampled)
     else:
         last = dict(zip(rows, ends.tolist(), strict=True))
-        host.sample_index[:] = [last[source] - 1 for source in samples.source]
+        sampled[:] = [last[source] - 1 for source in samples.source]
 
 
 def _fill_tokens(host: _Host, scheduled: ScheduledRows, rows: RowTable) -> None:
@@ -261,5 +280,5 @@ def _fill_tokens(host: _Host, scheduled: ScheduledRows, rows: RowTable) -> None:
 
 def _packet_bytes(max_requests: int, max_tokens: int, num_groups: int) -> int:
     """The most that a batch sends."""
-    sizes = _sizes(BatchShape(max_tokens, max_requests, max_tokens, 0), max_requests, num_groups)
+    sizes = _sizes(BatchShape(max_tokens, max_requests, max_tokens, 0), num_groups, max_requests, max_requests)
     return sum(padded_bytes(number * size) for number, size in sizes)

@@ -19,6 +19,7 @@ from octavo.runtime.graphs import Graphs
 from octavo.runtime.pending import PendingOutput
 from octavo.runtime.rows import Row, RowTable
 from octavo.runtime.sampler import Logprobs, Sampled, sample, token_logprobs
+from octavo.runtime.sizes import roomy
 from octavo.runtime.transfer import Arrival, ints_to_device, to_device
 
 LOGITS_AT_ONCE = 128  # rows of prompt logits held at a time
@@ -215,14 +216,17 @@ class Runner:
             if not computed.sampled_only:
                 hidden = hidden.index_select(0, computed.batch.sample_index)
             rows = [self.rows[row] for row in samples.row]
-            sampled = sample(self.logits(hidden), rows, samples.position)
+            sampled = sample(self.logits(hidden)[: len(rows)], rows, samples.position)
             self.buffers.last_token.index_copy_(0, computed.prepared.sample_rows, sampled.token_ids.int())
         arrival, logprobs = Arrival(sampled.token_ids), sampled.logprobs
         return lambda: (arrival.tensors()[0].tolist(), logprobs.wait() if logprobs else [])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [S, V] of the whole vocabulary."""
-        logits = self.model.logits(hidden)
+        """Logits [S, V] of the whole vocabulary for hidden states [S, H]."""
+        number = len(hidden)
+        if hidden.is_cuda and (room := roomy(number, number + 128)) > number:
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, room - number))
+        logits = self.model.logits(hidden)[:number]
         return self.model.embed.communicator.all_gather(logits)[:, : self.vocab_size]
 
     def _prompt_logprobs(self, computed: Computed) -> list[Callable[[], PromptLogprobs]]:

@@ -13,6 +13,7 @@ from octavo.runtime.memory import GRAPH_BYTES, Reserve
 from octavo.runtime.rows import PENALTY_BYTES, Row
 from octavo.runtime.runner import LOGITS_AT_ONCE, Runner
 from octavo.runtime.sampler import sample
+from octavo.runtime.sizes import all_sizes
 from octavo.sampling_params import SamplingParams
 
 _SAMPLING = (
@@ -67,24 +68,15 @@ def _sample_all(runner: Runner, hidden: torch.Tensor) -> None:
         sample(runner.logits(hidden), [row] * len(hidden), [1] * len(hidden))
 
 
-def _product_sizes(most: int) -> list[int]:
-    """Numbers of tokens up to `most`, dense where they are few: libraries choose a product's kernel by them."""
-    return sorted({size for size in (1, 2, 4, *range(8, 512, 8), *range(512, most, 128), most) if size <= most})
-
-
 @torch.inference_mode()
 def _run_products(runner: Runner, assembly: Assembly) -> None:
-    """Run a layer of each kind, and the head, for any number of tokens.
-
-    A library loads a kernel when it first chooses it, and that waits for all that the device has been given: in a long
-    step, until it ends.
-    """
+    """Run a layer of each kind, and the head, for every number of tokens that there will be."""
     for layer in {layer.kind: layer for layer in runner.model.layers}.values():
-        for size in _product_sizes(assembly.limits.max_tokens):
+        for size in all_sizes(assembly.limits.max_tokens):
             runner.run_layer(layer, size)
     most, device = max(assembly.limits.max_requests, LOGITS_AT_ONCE), assembly.device.torch_device
     hidden = torch.zeros(most, assembly.model.hidden_size, dtype=assembly.dtype, device=device)
-    for size in _product_sizes(most):
+    for size in all_sizes(most):
         runner.logits(hidden[:size])
 
 
@@ -117,9 +109,11 @@ def warm_up(runner: Runner, assembly: Assembly, show: Callable[[Sequence[BatchSh
     for backend in runner.backends:
         backend.warmup([*eager, *shapes])
     _run_products(runner, assembly)
-    _rehearse(runner, assembly)
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     for shape in show(shapes):
         runner.capture(shape)
     torch.cuda.synchronize()
-    return free - torch.cuda.mem_get_info()[0]
+    taken = free - torch.cuda.mem_get_info()[0]
+    _rehearse(runner, assembly)  # last, since captures let go of what torch keeps for later
+    return taken

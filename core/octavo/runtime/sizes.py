@@ -1,0 +1,20 @@
+"""How many tokens a GPU computes products for: so few different numbers that the start can run them all.
+
+Libraries choose a product's kernel by that number and load it when they first choose it, which waits for all that the
+device has been given: in a long step, until it ends.
+"""
+
+_DENSE = 512  # up to here a few tokens more or less are a good part of a product's time
+
+
+def roomy(number: int, most: int) -> int:
+    """`number` tokens or a few more, but no more than `most`: 1, 2, 4, multiples of 8, beyond 512 multiples of 128."""
+    if number <= 8:
+        return min(1 << (number - 1).bit_length(), most) if number else 0
+    step = 8 if number <= _DENSE else 128
+    return min(-(-number // step) * step, most)
+
+
+def all_sizes(most: int) -> list[int]:
+    """Every result of `roomy` but 0."""
+    return sorted({roomy(number, most) for number in range(1, most + 1)})

@@ -1,0 +1,53 @@
+"""Batches padded to the numbers of tokens that a GPU has kernels for: here on a CPU, the tokens stay the same."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from octavo.runtime.buffers import BatchBuffers
+from octavo.runtime.sizes import roomy
+from octavo.sampling_params import SamplingParams
+from tiny_models import make_reference, run, run_choices, start, tokens_of
+
+if TYPE_CHECKING:
+    from tiny_models import Reference
+
+
+@pytest.fixture
+def padded(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, int]]]:
+    """Every batch gets room as on a GPU; what was asked for and what it got, at the end."""
+    seen: set[tuple[int, int]] = set()
+
+    def room(self: BatchBuffers, number: int, most: int) -> int:
+        seen.add((number, roomy(number, most)))
+        return roomy(number, most)
+
+    monkeypatch.setattr(BatchBuffers, "_room", room)
+    yield seen
+    assert any(a < b for a, b in seen)
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral-window", "qwen2-two-groups"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "Reference":
+    return make_reference(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 37}, {"max_num_seqs": 3}])
+def test_greedy_tokens(tiny: "Reference", options: dict[str, Any], padded: set[tuple[int, int]]) -> None:
+    engine = start(tiny.path, **options)
+    assert tokens_of(run(engine, tiny.prompts)) == tiny.tokens
+    assert tokens_of(run(engine, tiny.prompts)) == tiny.tokens, "the second time from the prefix cache"
+    engine.shutdown()
+
+
+def test_sampling_forks_and_logprobs(tiny: "Reference", monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(temperature=0.9, seed=1, n=3, top_k=20, max_tokens=8, logprobs=2, prompt_logprobs=1)
+    engine = start(tiny.path)
+    expected = run_choices(engine, tiny.prompts[:5], params)
+    monkeypatch.setattr(BatchBuffers, "_room", lambda self, number, most: roomy(number, most))
+    engine.reset_prefix_cache()
+    found = run_choices(engine, tiny.prompts[:5], params)
+    assert [[c.token_ids for c in cs] for cs in found] == [[c.token_ids for c in cs] for cs in expected]
+    ours, theirs = ([one.logprob for one in choices[0].prompt_logprobs] for choices in (found[0], expected[0]))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    engine.shutdown()
