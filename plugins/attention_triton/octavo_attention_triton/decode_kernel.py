@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from octavo_attention_triton.chain import ask_l2, await_chain, join_chain
-from octavo_attention_triton.softmax import attend_keys, elements_of, finish_rows, load_ids, start_rows
+from octavo_attention_triton.softmax import attend_keys, elements_of, finish_rows, start_rows
 
 _MERGED_AT_ONCE = tl.constexpr(8)
 
@@ -142,7 +142,6 @@ def decode_kernel(
         ask_l2(
             k_head, v_head, table_row, begin, end, K_STRIDES, V_STRIDES, BLOCK_SIZE, HEAD_DIM, ASKED, THREADS
         )  # fmt: skip
-    ids = load_ids(table_row, begin + tl.arange(0, BLOCK_N), end, BLOCK_SIZE)
     await_chain(PDL)
     group, dims = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     q_row = q + token.to(tl.int64) * elements_of(q_stride, q) + head * (GROUP * HEAD_DIM)
@@ -160,7 +159,6 @@ def decode_kernel(
         k_head,
         v_head,
         table_row,
-        ids,
         begin,
         end,
         seq_len - 1,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from octavo_attention_triton.chain import await_chain, join_chain
-from octavo_attention_triton.softmax import attend_keys, attend_own_keys, elements_of, finish_rows, load_ids, start_rows
+from octavo_attention_triton.softmax import attend_keys, attend_own_keys, elements_of, finish_rows, start_rows
 
 
 @triton.jit(
@@ -67,22 +67,18 @@ def prefill_kernel(
     # Keys before `whole_begin` are behind some row's window, and those from `whole_end` on ahead of some row.
     whole_begin, whole_end = 0, tl.maximum(first + 1, 0) // BLOCK_N * BLOCK_N
     acc, top, total = start_rows(BLOCK_M, BLOCK_D)
-    tile = tl.arange(0, BLOCK_N)
     if WINDOW:
         begin = tl.maximum(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
         whole_begin = tl.cdiv(tl.maximum(limit - WINDOW, 0), BLOCK_N) * BLOCK_N
-        behind_end = tl.minimum(whole_begin, limit)
-        ids = load_ids(table_row, begin + tile, behind_end, BLOCK_SIZE)
         acc, top, total = attend_keys(
-            queries, acc, top, total, k_head, v_head, table_row, ids, begin, behind_end, first, limit,
+            queries, acc, top, total, k_head, v_head, table_row, begin, tl.minimum(whole_begin, limit), first, limit,
             positions, factor, K_STRIDES, V_STRIDES, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, WINDOW, SOFTCAP, True,
         )  # fmt: skip
     paged_end = whole_end
     if k_new is not None:
         paged_end = tl.minimum(tl.cdiv(cached, BLOCK_N) * BLOCK_N, whole_end)
-    ids = load_ids(table_row, whole_begin + tile, paged_end, BLOCK_SIZE)
     acc, top, total = attend_keys(
-        queries, acc, top, total, k_head, v_head, table_row, ids, whole_begin, paged_end, first, limit,
+        queries, acc, top, total, k_head, v_head, table_row, whole_begin, paged_end, first, limit,
         positions, factor, K_STRIDES, V_STRIDES, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, WINDOW, SOFTCAP, False,
     )  # fmt: skip
     if k_new is not None:
@@ -90,10 +86,8 @@ def prefill_kernel(
             queries, acc, top, total, k_new, v_new, head * HEAD_DIM, token - first, paged_end, whole_end,
             positions, factor, BLOCK_N, SOFTCAP,
         )  # fmt: skip
-    ahead_begin = tl.maximum(whole_begin, whole_end)
-    ids = load_ids(table_row, ahead_begin + tile, limit, BLOCK_SIZE)
     acc, top, total = attend_keys(
-        queries, acc, top, total, k_head, v_head, table_row, ids, ahead_begin, limit, first, limit,
+        queries, acc, top, total, k_head, v_head, table_row, tl.maximum(whole_begin, whole_end), limit, first, limit,
         positions, factor, K_STRIDES, V_STRIDES, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, WINDOW, SOFTCAP, True,
     )  # fmt: skip
     values, logs = finish_rows(acc, top, total)

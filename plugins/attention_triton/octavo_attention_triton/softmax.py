@@ -31,8 +31,7 @@ def finish_rows(acc: tl.tensor, top: tl.tensor, total: tl.tensor) -> tuple[tl.te
 
 
 @triton.jit
-def load_ids(table_row: tl.tensor, keys: tl.tensor, end: tl.tensor, BLOCK_SIZE: tl.constexpr) -> tl.tensor:
-    """The blocks in which the keys before `end` lie."""
+def _load_ids(table_row: tl.tensor, keys: tl.tensor, end: tl.tensor, BLOCK_SIZE: tl.constexpr) -> tl.tensor:
     return tl.load(table_row + keys // BLOCK_SIZE, mask=keys < end, other=0)
 
 
@@ -107,7 +106,6 @@ def attend_keys(
     k_head: tl.tensor,
     v_head: tl.tensor,
     table_row: tl.tensor,
-    ids: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
     first: tl.tensor,
@@ -126,14 +124,14 @@ def attend_keys(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Take the keys from `begin` (a tile's start) to `end` into the state of rows q [M, D] at `positions` [M].
 
-    `ids` are the blocks of the first tile's keys, `first` is the first row's position and `limit` one past the last's.
-    Without MASKED every row sees every key.
+    `first` is the first row's position and `limit` one past the last's. Without MASKED every row sees every key.
     """
     offsets = tl.arange(0, BLOCK_N)
+    ids = _load_ids(table_row, begin + offsets, end, BLOCK_SIZE)
     for start in range(begin, end, BLOCK_N):
         keys = start + offsets
         # A tile's block ids are loaded one tile ahead: its keys' addresses then wait for no load.
-        next_ids = load_ids(table_row, keys + BLOCK_N, end, BLOCK_SIZE)
+        next_ids = _load_ids(table_row, keys + BLOCK_N, end, BLOCK_SIZE)
         loaded = keys < limit
         if WINDOW:
             loaded &= keys > first - WINDOW

@@ -41,8 +41,6 @@ WORKLOADS = (
 # A multiprocessor holds as many programs as its registers and shared memory allow: here 5 of 32/4/3 and 32/2/3, 4 of
 # 64/4/2, 3 of 64/4/3. `programs` that all run at once read all that they read in one go.
 DECODES = (
-    DecodeTuning(32, 1, 3, 64, 264),
-    DecodeTuning(16, 1, 3, 64, 528),
     DecodeTuning(32, 4, 3, 128, 660, 128),
     DecodeTuning(64, 4, 2, 128, 528, 128),
     DecodeTuning(64, 4, 2, 128, 1056, 128),

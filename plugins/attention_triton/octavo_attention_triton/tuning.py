@@ -79,7 +79,6 @@ TABLE = (
         128,
         2,
         PrefillTuning(128, 64, 8, 2, own=True, max_regs=128),
-        DecodeTuning(32, 1, 3, 64, 264, max_pairs=32),
         DecodeTuning(16, 1, 3, 64, 528, max_pairs=128),
         DecodeTuning(64, 4, 4, 128, 264, asked=256, max_pairs=384),
         DecodeTuning(64, 4, 2, 128, 1056),
