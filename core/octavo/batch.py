@@ -21,7 +21,7 @@ class Batch:
 
     token_ids, positions [T] int32; query_start [R+1] int32; seq_lens [R] int32 (length after this step, 0 for padding);
     row_index [R] int32; block_tables[g] [R, B] int32 (0 = the null block); slots[g] [T] int64 (-1 = write nothing);
-    sample_index [S] int32. `query_start_host` and `seq_lens_host` are host copies of the lengths.
+    sample_index [S] int32, padded on a GPU. `query_start_host` and `seq_lens_host` are host copies of the lengths.
     """
 
     shape: BatchShape

@@ -4,9 +4,10 @@ import gc
 
 
 def spare_garbage_collection(young: int = 20_000, middle: int = 50, old: int = 100) -> None:
-    """Let collections leave out what there is, and come seldom. For a process that is an engine's or a server's own.
+    """Let collections leave out what there is, and come seldom. For a process with nothing else in it.
 
-    The numbers are `gc.set_threshold`'s: what makes cycles, as errors do, keeps that many objects until they are found.
+    `young` is by how many objects there may be more before the newest are looked at, `middle` and `old` after how many
+    such looks older ones are. Until then cycles stay, such as those of errors.
 
     What the start has made stays, and a full collection would look at it for a large part of a second. A step of many
     requests makes thousands of objects that die without one: looking for garbage every 700 took a tenth of its time.

@@ -1,5 +1,6 @@
 """From token events to text: one request's choices, their logprobs and their stop strings."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from octavo.engine.step import TokenEvent, TokenLogprob
@@ -29,16 +30,23 @@ class Delta:
     num_cached_tokens: int | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
-    def then(self, later: "Delta") -> "Delta":
-        """This delta and the next one of its choice as one."""
-        return replace(
-            later,
-            text=self.text + later.text,
-            token_ids=[*self.token_ids, *later.token_ids],
-            logprobs=None if self.logprobs is None else [*self.logprobs, *(later.logprobs or [])],
-            num_cached_tokens=self.num_cached_tokens,
-            prompt_logprobs=self.prompt_logprobs,
-        )
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """Deltas of one choice that follow each other, as one."""
+    first, last = deltas[0], deltas[-1]
+    if first is last:
+        return first
+    logprobs = None
+    if first.logprobs is not None:
+        logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+    return replace(
+        last,
+        text="".join(delta.text for delta in deltas),
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        logprobs=logprobs,
+        num_cached_tokens=first.num_cached_tokens,
+        prompt_logprobs=first.prompt_logprobs,
+    )
 
 
 class OutputProcessor:

@@ -5,7 +5,7 @@ from typing import Self
 
 from octavo.engine.step import EngineStats
 from octavo.errors import OctavoError
-from octavo.output_processor import Delta, OutputProcessor
+from octavo.output_processor import Delta, OutputProcessor, joined
 from octavo.sampling_params import SamplingParams
 
 
@@ -37,14 +37,12 @@ class RequestStream:
     def __init__(self, processor: OutputProcessor) -> None:
         self.processor = processor
         self.error: OctavoError | None = None
-        self._deltas: dict[tuple[int, bool], Delta] = {}
+        self._deltas: dict[tuple[int, bool], list[Delta]] = {}
         self._changed = asyncio.Event()
 
     def put(self, delta: Delta) -> None:
         """Hand on what a choice gained. An error stays on its own, so that what came before it is not lost with it."""
-        key = (delta.index, delta.error is not None)
-        held = self._deltas.get(key)
-        self._deltas[key] = delta if held is None else held.then(delta)
+        self._deltas.setdefault((delta.index, delta.error is not None), []).append(delta)
         self._changed.set()
 
     def fail(self, error: OctavoError) -> None:
@@ -63,7 +61,7 @@ class RequestStream:
                 raise self.error
             await self._changed.wait()
             self._changed.clear()
-        return self._deltas.pop(next(iter(self._deltas)))
+        return joined(self._deltas.pop(next(iter(self._deltas))))
 
 
 class Observers(Observer):

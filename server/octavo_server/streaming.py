@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Request, Response
-from octavo.output_processor import Delta
+from octavo.output_processor import Delta, joined
 from starlette.types import Message, Receive, Scope, Send
 
 T = TypeVar("T")
@@ -106,7 +106,9 @@ async def spaced(
     async with contextlib.aclosing(parts):
         async for prompt, delta in parts:
             key = (prompt, delta.index)
-            whole = held.pop(key).then(delta) if key in held else delta
+            if delta.error is not None and key in held:
+                yield prompt, held.pop(key)  # which would be lost with the error
+            whole = joined([held.pop(key), delta]) if key in held else delta
             if key in begun and len(whole.token_ids) < interval and whole.finish_reason is None:
                 held[key] = whole
                 continue

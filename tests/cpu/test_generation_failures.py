@@ -63,7 +63,7 @@ def test_message_names_provider_layer_and_shape(
     with monkeypatch.context() as patch:
         patch.setattr(cls, method, failing(getattr(cls, method), call))
         answers = run(engine, [llama.prompts[3], llama.prompts[0]])
-    batch = "a batch of 8 tokens in 2 requests (1 decoding, longest query 7)"
+    batch = "a batch of 8 tokens in 2 requests (1 decoding, longest query 7, padding included)"
     expected = f"{who} failed{layer} on {batch}: RuntimeError: no kernel image for this card"
     assert [(answer.finish_reason, answer.token_ids) for answer in answers] == [("error", [])] * 2
     assert all((answer.error or "").endswith(expected) for answer in answers), answers[0].error

@@ -40,6 +40,25 @@ def test_greedy_tokens(tiny: "Reference", options: dict[str, Any], padded: set[t
     engine.shutdown()
 
 
+def test_no_more_tokens_are_sampled_than_a_step_holds(tiny: "Reference", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a step holds fewer tokens than there may be requests, and neither is a number that products are run for."""
+    monkeypatch.setattr(BatchBuffers, "_room", lambda self, number, most: roomy(number, most))
+    sizes: list[int] = []
+    ends = BatchBuffers.ends
+
+    def noted(self: BatchBuffers, *others: Any) -> Any:
+        batch = ends(self, *others)
+        sizes.append(batch.shape.num_tokens)
+        return batch
+
+    monkeypatch.setattr(BatchBuffers, "ends", noted)
+    engine = start(tiny.path, max_num_batched_tokens=37, max_num_seqs=64)
+    prompts = [*([1 + i] for i in range(34)), *tiny.prompts[:4]]
+    assert len(run(engine, prompts)) == len(prompts)
+    assert 33 < max(sizes) <= 37
+    engine.shutdown()
+
+
 def test_sampling_forks_and_logprobs(tiny: "Reference", monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(temperature=0.9, seed=1, n=3, top_k=20, max_tokens=8, logprobs=2, prompt_logprobs=1)
     engine = start(tiny.path)

@@ -116,7 +116,8 @@ def test_no_step_waits_for_the_device(llama: "Reference", temperature: float, op
 def test_a_long_step_is_submitted_while_the_device_is_busy(llama: "Reference", num_requests: int) -> None:
     """Kernels that libraries load when they first choose them would wait for it: the start has loaded them all."""
     length = 1980 // num_requests
-    with started(llama, num_gpu_blocks_override=2000, max_num_batched_tokens=2048) as engine:
+    limits = {"max_num_batched_tokens": 2048, "max_num_seqs": 256}
+    with started(llama, num_gpu_blocks_override=2000, **limits) as engine:
         for i in range(num_requests):
             engine.add_request(str(i), [1 + i % 400] * length, SamplingParams(temperature=0.0, max_tokens=3))
         step = engine.scheduler.schedule()

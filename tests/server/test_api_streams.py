@@ -74,6 +74,16 @@ async def test_tokens_are_joined_to_the_interval(service: Any) -> None:
     assert [c["finish_reason"] for c in choices] == [None, None, None, "length"]
 
 
+async def test_what_is_held_back_is_not_lost_with_an_error() -> None:
+    async def parts() -> Any:
+        for number in range(3):
+            yield 0, Delta(0, str(number), [number])
+        yield 0, Delta(0, finish_reason="error", error="the step failed")
+
+    found = [delta async for _, delta in spaced(parts(), 5)]
+    assert [(delta.text, delta.error) for delta in found] == [("0", None), ("12", None), ("", "the step failed")]
+
+
 async def test_spacing_keeps_choices_apart() -> None:
     async def parts() -> Any:
         for number in range(4):

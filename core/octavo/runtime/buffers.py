@@ -95,8 +95,8 @@ class BatchBuffers:
         self._send_edits()
         shape = shape or self._roomy(shape_of(step))
         number = len(step.samples.row)
-        sizes = _sizes(shape, len(self.tables), self._room(number, self.padding_row), number)
-        arrays = self._packet.open(sizes)
+        room = self._room(number, min(self.padding_row, max(number, self.max_tokens)))  # more than tokens: forks
+        arrays = self._packet.open(_sizes(shape, len(self.tables), room, number))
         host = _Host(arrays[:-_OTHERS], *arrays[-_OTHERS:])
         self._fill_lengths(host, step.rows, shape)
         token_rows = self._fill_positions(host, step.rows)
@@ -170,7 +170,7 @@ class BatchBuffers:
         return replace(shape, num_tokens=self._room(shape.num_tokens, self.max_tokens))
 
     def _fill_lengths(self, host: "_Host", rows: ScheduledRows, shape: BatchShape) -> None:
-        """Rows, starts of queries and lengths, those of padding too: in a graph of decodes it has a token each."""
+        """Rows, starts of queries and lengths, those of padding too: where all are decodes it has a token each."""
         num_live, size, one_each = len(rows.row), len(host.row_index), _one_each(rows)
         host.row_index[:num_live] = rows.row
         host.row_index[num_live:] = self.padding_row

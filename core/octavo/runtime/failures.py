@@ -30,5 +30,5 @@ def _describe(error: Exception, providers: Mapping[type, str], layers: Sequence[
 def _describe_shape(shape: BatchShape) -> str:
     return (
         f"a batch of {shape.num_tokens} tokens in {shape.num_requests} requests "
-        f"({shape.num_decodes} decoding, longest query {shape.max_query_len})"
+        f"({shape.num_decodes} decoding, longest query {shape.max_query_len}, padding included)"
     )

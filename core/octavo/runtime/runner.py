@@ -30,7 +30,7 @@ COUNTED_STEPS = 16  # of these steps of decodes one brings the cache's counts: a
 class Computed:
     """A step between `submit` and `sample`: what it asked, its batch and its hidden states.
 
-    `hidden` is of all tokens [T, H], or where `sampled_only` of those whose logits are sampled, [S, H].
+    `hidden` is of all tokens [T, H], or where `sampled_only` of those in `batch.sample_index`, [S, H].
     """
 
     step: StepInput

@@ -13,7 +13,7 @@ from octavo.runtime.memory import GRAPH_BYTES, Reserve
 from octavo.runtime.rows import PENALTY_BYTES, Row
 from octavo.runtime.runner import LOGITS_AT_ONCE, Runner
 from octavo.runtime.sampler import sample
-from octavo.runtime.sizes import all_sizes
+from octavo.runtime.sizes import all_sizes, roomy
 from octavo.sampling_params import SamplingParams
 
 _SAMPLING = (
@@ -54,7 +54,8 @@ def _graph_bytes(runner: Runner, assembly: Assembly, activations: int) -> int:
     model, itemsize = assembly.model, assembly.dtype.itemsize
     decodes = [one.num_tokens for one in shapes if one.num_decodes == one.num_requests]
     results = itemsize * model.hidden_size * sum(one.num_tokens for one in shapes)
-    logits = torch.float32.itemsize * model.vocab_size * max(decodes, default=0)
+    most = max(decodes, default=0)
+    logits = torch.float32.itemsize * model.vocab_size * roomy(most, most + 128)
     largest = activations * shapes[0].num_tokens // assembly.limits.max_tokens
     return largest + results + logits + GRAPH_BYTES * (len(shapes) + len(decodes))
 
@@ -70,13 +71,18 @@ def _sample_all(runner: Runner, hidden: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def _run_products(runner: Runner, assembly: Assembly) -> None:
-    """Run a layer of each kind, and the head, for every number of tokens that there will be."""
+    """Run a layer of each kind, and the head, for every number of tokens that there will be.
+
+    The largest comes first, so that the others fit into the memory that it leaves.
+    """
+    limits = assembly.limits
+    sizes = {*all_sizes(limits.max_tokens), *all_sizes(min(limits.max_requests, limits.max_tokens))}
     for layer in {layer.kind: layer for layer in runner.model.layers}.values():
-        for size in all_sizes(assembly.limits.max_tokens):
+        for size in sorted(sizes, reverse=True):
             runner.run_layer(layer, size)
-    most, device = max(assembly.limits.max_requests, LOGITS_AT_ONCE), assembly.device.torch_device
+    most, device = max(limits.max_requests, LOGITS_AT_ONCE), assembly.device.torch_device
     hidden = torch.zeros(most, assembly.model.hidden_size, dtype=assembly.dtype, device=device)
-    for size in all_sizes(most):
+    for size in reversed(all_sizes(most)):
         runner.logits(hidden[:size])
 
 
