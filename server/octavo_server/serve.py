@@ -163,7 +163,7 @@ async def _watch(
     begin = time.monotonic()
     try:
         await engine.launch()
-        spare_garbage_collection(5_000, 10, 10)
+        spare_garbage_collection(5_000, 10, 10)  # under malformed requests an engine's numbers take 2% more memory
         if not server.should_exit:
             _say(welcome(engine.info, listener, settings, time.monotonic() - begin, guarded=guarded))
         error = await engine.wait_dead()

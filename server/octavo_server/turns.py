@@ -10,7 +10,7 @@ _AT_ONCE = 64  # beginning takes some 0.3 ms each
 
 
 class Turns:
-    """Begins a few requests for work between two looks at the sockets (ASGI middleware); others are short.
+    """Begins a few dozen requests for work between two looks at the sockets (ASGI middleware); others are short.
 
     An event loop does all that is due before it looks: hundreds of requests that come at once would be read to the last
     before the first token of anyone's goes out.
