@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def padded(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, int]]]:
-    """Every batch gets room as on a GPU; what was asked for and what it got, at the end."""
+def padded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every batch gets room as on a GPU, and some get more than they ask for."""
     seen: set[tuple[int, int]] = set()
 
     def room(self: BatchBuffers, number: int, most: int) -> int:
@@ -23,7 +23,7 @@ def padded(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, int]]]:
         return roomy(number, most)
 
     monkeypatch.setattr(BatchBuffers, "_room", room)
-    yield seen
+    yield
     assert any(a < b for a, b in seen)
 
 
@@ -33,16 +33,17 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 37}, {"max_num_seqs": 3}])
-def test_greedy_tokens(tiny: "Reference", options: dict[str, Any], padded: set[tuple[int, int]]) -> None:
+@pytest.mark.usefixtures("padded")
+def test_greedy_tokens(tiny: "Reference", options: dict[str, Any]) -> None:
     engine = start(tiny.path, **options)
     assert tokens_of(run(engine, tiny.prompts)) == tiny.tokens
     assert tokens_of(run(engine, tiny.prompts)) == tiny.tokens, "the second time from the prefix cache"
     engine.shutdown()
 
 
+@pytest.mark.usefixtures("padded")
 def test_no_more_tokens_are_sampled_than_a_step_holds(tiny: "Reference", monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a step holds fewer tokens than there may be requests, and neither is a number that products are run for."""
-    monkeypatch.setattr(BatchBuffers, "_room", lambda self, number, most: roomy(number, most))
     sizes: list[int] = []
     ends = BatchBuffers.ends
 
@@ -63,7 +64,7 @@ def test_sampling_forks_and_logprobs(tiny: "Reference", monkeypatch: pytest.Monk
     params = SamplingParams(temperature=0.9, seed=1, n=3, top_k=20, max_tokens=8, logprobs=2, prompt_logprobs=1)
     engine = start(tiny.path)
     expected = run_choices(engine, tiny.prompts[:5], params)
-    monkeypatch.setattr(BatchBuffers, "_room", lambda self, number, most: roomy(number, most))
+    monkeypatch.setattr(BatchBuffers, "_room", staticmethod(roomy))
     engine.reset_prefix_cache()
     found = run_choices(engine, tiny.prompts[:5], params)
     assert [[c.token_ids for c in cs] for cs in found] == [[c.token_ids for c in cs] for cs in expected]

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from octavo.attention.interface import AttentionBackend, AttentionSpec, GraphSupport
+from octavo.attention.interface import AttentionBackend, AttentionSpec, GraphSupport, plan_on_device
 from octavo.batch import Batch, BatchShape
 from octavo.kv_cache.interface import KVCache
 from octavo.plugins.selection import Selection
@@ -60,7 +60,7 @@ def by_phase(
         "kv_layouts": _both(decode.kv_layouts, prefill.kv_layouts),
         "graph_support": _graph_support(decode.graph_support, prefill.graph_support),
         "deterministic": decode.deterministic and prefill.deterministic,
-        "plans_on_device": all(getattr(one, "plans_on_device", False) for one in (decode, prefill)),
+        "plans_on_device": plan_on_device((decode, prefill)),
     }
     return type("ByPhase", (_ByPhase,), members)
 

@@ -1,6 +1,6 @@
 """The attention backend's interface (docs/design.md §6, contract C1 to C13)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
@@ -90,3 +90,8 @@ class AttentionBackend(Protocol):
 
         lse [T, Hq] float32 takes the natural log-sum-exp; `new` is this step's (k, v) [T, Hk, D], already written.
         """
+
+
+def plan_on_device(backends: Iterable[AttentionBackend | type[AttentionBackend]]) -> bool:
+    """Whether all of these say `plans_on_device`, which need not be there."""
+    return all(getattr(backend, "plans_on_device", False) for backend in backends)

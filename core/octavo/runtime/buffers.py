@@ -177,7 +177,7 @@ class BatchBuffers:
         host.seq_lens[:num_live] = rows.start
         host.seq_lens[:num_live] += 1 if one_each else np.asarray(rows.num_tokens)
         host.seq_lens[num_live:] = 0
-        if one_each and (num_live == size or shape.num_decodes == size):
+        if shape.num_decodes == size:
             host.query_start[:] = self._numbers[: size + 1]
         else:
             host.query_start[0] = 0

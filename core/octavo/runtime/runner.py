@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from octavo.attention.interface import AttentionBackend
+from octavo.attention.interface import AttentionBackend, plan_on_device
 from octavo.batch import Batch, BatchShape
 from octavo.engine.step import BlockCopy, PromptLogprobs, StepInput, StepOutput, TokenLogprob
 from octavo.kv_cache.interface import KVCache
@@ -81,7 +81,7 @@ class Runner:
         self.eos_token_ids = eos_token_ids
         self.provider_names = provider_names
         self.graphs = graphs
-        self.plans_on_device = all(getattr(backend, "plans_on_device", False) for backend in backends)
+        self.plans_on_device = plan_on_device(backends)
         self.rows = RowTable(buffers.padding_row)
         self.kv_counts = caches[0].counts if caches else None
         self._uncounted_steps = 0
@@ -113,8 +113,7 @@ class Runner:
         That is None where every token is wanted.
         """
         batch = prepared.batch
-        self.buffers.gather(batch)
-        plans: tuple[Any, ...] = tuple(backend.plan(batch) for backend in self.backends)
+        plans = self._plans_of(batch)
 
         def forward() -> torch.Tensor:
             self.buffers.take_sampled(prepared)
@@ -122,6 +121,10 @@ class Runner:
             return self.model.forward(StepContext(batch, plans, self.caches, wanted))
 
         return forward
+
+    def _plans_of(self, batch: Batch) -> tuple[Any, ...]:
+        self.buffers.gather(batch)
+        return tuple(backend.plan(batch) for backend in self.backends)
 
     @torch.inference_mode()
     def run_padding(self, shape: BatchShape) -> torch.Tensor:
@@ -132,9 +135,7 @@ class Runner:
     def run_layer(self, layer: DecoderLayer, num_tokens: int) -> None:
         """Compute one layer of a batch of padding."""
         batch = self.buffers.padding(BatchShape(num_tokens, 1, num_tokens, 0)).batch
-        self.buffers.gather(batch)
-        plans = tuple(backend.plan(batch) for backend in self.backends)
-        layer(self.model.embed(batch.token_ids), None, StepContext(batch, plans, self.caches))
+        layer(self.model.embed(batch.token_ids), None, StepContext(batch, self._plans_of(batch), self.caches))
 
     @torch.inference_mode()
     def capture(self, shape: BatchShape) -> None:
@@ -224,7 +225,7 @@ class Runner:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [S, V] of the whole vocabulary for hidden states [S, H]."""
         number = len(hidden)
-        if hidden.is_cuda and (room := roomy(number, number + 128)) > number:
+        if hidden.is_cuda and (room := roomy(number)) > number:
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, room - number))
         logits = self.model.logits(hidden)[:number]
         return self.model.embed.communicator.all_gather(logits)[:, : self.vocab_size]

@@ -54,8 +54,7 @@ def _graph_bytes(runner: Runner, assembly: Assembly, activations: int) -> int:
     model, itemsize = assembly.model, assembly.dtype.itemsize
     decodes = [one.num_tokens for one in shapes if one.num_decodes == one.num_requests]
     results = itemsize * model.hidden_size * sum(one.num_tokens for one in shapes)
-    most = max(decodes, default=0)
-    logits = torch.float32.itemsize * model.vocab_size * roomy(most, most + 128)
+    logits = torch.float32.itemsize * model.vocab_size * roomy(max(decodes, default=0))
     largest = activations * shapes[0].num_tokens // assembly.limits.max_tokens
     return largest + results + logits + GRAPH_BYTES * (len(shapes) + len(decodes))
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from octavo.attention.interface import AttentionBackend, AttentionSpec, GraphSupport
+from octavo.attention.interface import AttentionBackend, AttentionSpec, GraphSupport, plan_on_device
 from octavo.batch import BatchShape
 from octavo.kv_cache.interface import KVCache, KVCacheFormat
 from octavo.kv_cache.plain import PlainFormat
@@ -364,7 +364,7 @@ class AttentionConformance(Conformance):
             assert_right(case, buffers.out)
 
     def _need_plan_on_device(self) -> None:
-        if not getattr(self.backend, "plans_on_device", False):
+        if not plan_on_device((self.backend,)):
             pytest.skip("The backend does not say plans_on_device.")
 
     def _graph_parts(
