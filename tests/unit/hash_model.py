@@ -232,12 +232,16 @@ class HashExecutor:
     # -- the model ---------------------------------------------------------------------------------------
 
     def _forward(self, step: StepInput) -> Handle:
-        """Every layer writes the cells of the whole batch before any row reads them."""
+        """Every layer writes the cells of the whole batch before any row reads them.
+
+        But a row of one token reads the cells before its own as they were before the step (contract C2).
+        """
         values = {row.row: self._inputs(row) for row in step.rows}
         for layer in range(2):
+            before = list(self._cells[layer])
             for row in step.rows:
                 self._write(layer, row, values[row.row])
-            values = {row.row: self._read(layer, row, values[row.row]) for row in step.rows}
+            values = {row.row: self._read(layer, row, values[row.row], before) for row in step.rows}
         for row in step.rows:
             self.rows[row.row].num_computed = row.start + row.num_tokens
         for sample in step.samples:  # a fork is as far as its source
@@ -263,10 +267,15 @@ class HashExecutor:
                 self._require(slot >= self.capacity.block_size, f"{row} writes into the null block")
                 self._cells[layer][slot] = mix(layer, group, value, position)
 
-    def _read(self, layer: int, row: ScheduledRow, values: list[int]) -> list[int]:
+    def _read(self, layer: int, row: ScheduledRow, values: list[int], before: list[int]) -> list[int]:
         cells, end = self._cells[layer], row.start + row.num_tokens
+        earlier = before if row.num_tokens == 1 else cells
         begins = [first_seen(group, row.start) for group in self.capacity.groups]
-        seen = [[cells[slot] for slot in self._slots(row, g, begin, end)] for g, begin in enumerate(begins)]
+        seen = [
+            [earlier[slot] for slot in self._slots(row, g, begin, row.start)]
+            + [cells[slot] for slot in self._slots(row, g, row.start, end)]
+            for g, begin in enumerate(begins)
+        ]
         states: list[int] = []
         for position, value in enumerate(values, row.start):
             sums = [

@@ -252,6 +252,18 @@ def test_a_request_that_does_not_fit_leaves_everything_as_it_was() -> None:
     rig.run()
 
 
+@pytest.mark.parametrize(("num_tokens", "first"), [(9, {0: 9}), (10, {0: 10, 1: 2, 2: 1})])
+def test_a_single_token_waits_until_the_blocks_before_it_are_written(num_tokens: int, first: dict[int, int]) -> None:
+    """Of two equal prompts in blocks of four the second may compute two tokens while the first fills blocks, not one."""
+    rig = rig_of(prefix_caching=True)
+    for _ in range(2):
+        rig.add([7] * num_tokens, max_tokens=3)
+    rig.add([5])
+    assert shares(rig.step()) == first
+    assert shares(rig.step()) == {0: 1, 1: 1, 2: 1}
+    rig.run()
+
+
 # -- preemption ------------------------------------------------------------------------------------------
 
 

@@ -34,10 +34,10 @@ def test_a_prompt_that_is_still_in_flight_is_hit() -> None:
 
 def test_one_step_may_write_a_block_and_read_it_for_another_request() -> None:
     rig = Rig()
-    rig.add(9)
-    rig.add(9)
+    rig.add(10)
+    rig.add(10)
     step = rig.must_submit()
-    assert sorted(row.num_tokens for row in step.rows) == [1, 9]
+    assert sorted(row.num_tokens for row in step.rows) == [2, 10]
     assert step.new_rows[1].blocks[0][:2] == step.new_rows[0].blocks[0][:2]
     rig.run(2)
 

@@ -222,6 +222,10 @@ class BlockManager:
                 if table[index] != NULL_BLOCK and self.pool.publish(table[index], block_key):
                     self._published.setdefault(step_id, []).append((table[index], block_key))
 
+    def fills(self, step_id: int, hashes: Sequence[bytes]) -> bool:
+        """Whether step `step_id` fills some of the blocks that are found by `hashes`."""
+        return not {key.hash for _, key in self._published.get(step_id, ())}.isdisjoint(hashes)
+
     def settle(self, step_id: int) -> None:
         """The step succeeded: what it published stays."""
         self._published.pop(step_id, None)

@@ -77,10 +77,7 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        limits: SchedulerLimits,
-        blocks: BlockManager,
-        eos_token_ids: frozenset[int] = frozenset(),
+        self, limits: SchedulerLimits, blocks: BlockManager, eos_token_ids: frozenset[int] = frozenset()
     ) -> None:
         self.limits = limits
         self.blocks = blocks
@@ -148,8 +145,7 @@ class Scheduler:
         return step.build(self._rows.drain_freed())
 
     def _schedule_running(self, step: StepBuilder) -> bool:
-        preempted = False
-        index = 0
+        preempted, index = False, 0
         while index < len(self.running) and step.budget:
             request = self.running[index]
             if request.num_computed < request.steady_end:
@@ -164,7 +160,7 @@ class Scheduler:
             step.edit(request.row, self.blocks.trim(request.key))
             edits = self.blocks.grow(request.key, request.num_computed + num_tokens)
             if edits is None:
-                self._preempt(self._youngest())
+                self._preempt(max(self.running, key=self._order))  # the youngest
                 preempted = True
                 continue
             self._compute(step, request, num_tokens, edits)
@@ -179,9 +175,6 @@ class Scheduler:
         step.decode(request)
         if request.num_computed == request.steady_end:
             self._publish(request)
-
-    def _youngest(self) -> Request:
-        return max(self.running, key=self._order)
 
     def _share(self, request: Request, step: StepBuilder) -> int:
         """How many tokens the request computes in this step."""
@@ -203,7 +196,10 @@ class Scheduler:
         hits = self._prefix_hits(request)
         request.num_computed = self.blocks.admit(request.key, hits)
         num_tokens = self._share(request, step)
-        edits = self.blocks.grow(request.key, request.num_computed + num_tokens) if num_tokens else None
+        # Attention may read the keys before a single token's own while the step has not written its own yet (C2).
+        too_early = num_tokens == 1 and self.blocks.fills(step.step_id, hits)
+        fits = num_tokens > 0 and not too_early
+        edits = self.blocks.grow(request.key, request.num_computed + num_tokens) if fits else None
         if edits is None:
             self.blocks.free(request.key)
             request.num_computed = 0
