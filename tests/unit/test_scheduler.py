@@ -254,7 +254,7 @@ def test_a_request_that_does_not_fit_leaves_everything_as_it_was() -> None:
 
 @pytest.mark.parametrize(("num_tokens", "first"), [(9, {0: 9}), (10, {0: 10, 1: 2, 2: 1})])
 def test_a_single_token_waits_until_the_blocks_before_it_are_written(num_tokens: int, first: dict[int, int]) -> None:
-    """Of two equal prompts in blocks of four the second may compute two tokens while the first fills blocks, not one."""
+    """Of two equal prompts in blocks of four the second may compute two tokens beside the first, but not one alone."""
     rig = rig_of(prefix_caching=True)
     for _ in range(2):
         rig.add([7] * num_tokens, max_tokens=3)

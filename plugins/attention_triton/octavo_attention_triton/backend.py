@@ -12,7 +12,7 @@ from octavo.errors import StepError
 from octavo.kv_cache.interface import KVCache
 
 from octavo_attention_triton.options import TritonAttentionOptions
-from octavo_attention_triton.sizes import INT_BYTES, WARP, DecodeSizes, Sizes, power_of_two
+from octavo_attention_triton.sizes import INT_BYTES, DecodeSizes, Sizes, power_of_two
 from octavo_attention_triton.tuning import Tuning
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -141,14 +141,13 @@ class TritonAttention:
 
     def _make_decode_constants(self, decode: DecodeSizes) -> dict[str, Any]:
         sizes, tuning = self.sizes, decode.tuning
-        in_one_piece = all(_is_one_piece(x) for x in (self._page.k, self._page.v))
         return {
             "BLOCK_G": sizes.block_g,
             "MERGE_G": power_of_two(sizes.group),
             "BLOCK_N": tuning.block_n,
+            "STAGES": tuning.num_stages,
+            "AHEAD": tuning.ahead,
             "RECORD": sizes.record,
-            "ASKED": decode.asked_blocks if in_one_piece else 0,
-            "THREADS": WARP * tuning.num_warps,
             "num_warps": tuning.num_warps,
             "num_stages": tuning.num_stages,
         }
@@ -325,13 +324,6 @@ def _is_tileable(x: torch.Tensor) -> bool:
     """Whether the copy engine can read x [T, Hk, D] as [T, Hk D]."""
     starts = (x.data_ptr(), x.stride(0) * x.element_size())
     return x.stride(1) == x.shape[2] and x.stride(2) == 1 and all(n % _ALIGNMENT == 0 for n in starts)
-
-
-def _is_one_piece(x: torch.Tensor) -> bool:
-    """Whether each block's part of each head [block_size, D] is contiguous and starts on 16 bytes, as copies need."""
-    itemsize, (_, _, size, dim) = x.element_size(), x.shape
-    starts = (x.data_ptr(), x.stride(0) * itemsize, x.stride(1) * itemsize, size * dim * itemsize)
-    return x.stride(2) == dim and x.stride(3) == 1 and all(n % _ALIGNMENT == 0 for n in starts)
 
 
 def _why_not_device(spec: AttentionSpec) -> str | None:

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from octavo_attention_triton.chain import ask_l2, await_chain, join_chain
+from octavo_attention_triton.chain import await_chain, join_chain
 from octavo_attention_triton.softmax import attend_keys, elements_of, finish_rows, start_rows
 
 _MERGED_AT_ONCE = tl.constexpr(8)
@@ -116,14 +116,14 @@ def decode_kernel(
     BLOCK_G: tl.constexpr,
     MERGE_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     RECORD: tl.constexpr,
-    ASKED: tl.constexpr,
-    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """Program (h, u): unit u's keys for the query heads of KV head h, all in one tile of BLOCK_G rows.
 
-    While the kernel before still runs, the L2 cache is asked for the unit's first ASKED blocks.
+    With AHEAD the unit's first tiles, all but one of STAGES, are loaded while the kernel before still runs.
     """
     join_chain(fresh, PDL)
     head, unit = tl.program_id(0), tl.program_id(1)
@@ -138,15 +138,14 @@ def decode_kernel(
     k_head = k + head.to(tl.int64) * K_STRIDES[1]
     v_head = v + head.to(tl.int64) * V_STRIDES[1]
     table_row = table + request.to(tl.int64) * table_stride
-    if PDL and ASKED > 0:
-        ask_l2(
-            k_head, v_head, table_row, begin, end, K_STRIDES, V_STRIDES, BLOCK_SIZE, HEAD_DIM, ASKED, THREADS
-        )  # fmt: skip
-    await_chain(PDL)
+    # The kernel before may be the one that writes the newest token's keys: they must not be among those loaded ahead.
+    if not AHEAD or begin + STAGES * BLOCK_N >= seq_len:
+        await_chain(PDL)
     group, dims = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     q_row = q + token.to(tl.int64) * elements_of(q_stride, q) + head * (GROUP * HEAD_DIM)
-    mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    queries = tl.load(q_row + group[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0)
+    q_at = q_row + group[:, None] * HEAD_DIM + dims[None, :]
+    q_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    queries = tl.zeros((BLOCK_G, BLOCK_D), q.dtype.element_ty) if AHEAD else tl.load(q_at, mask=q_mask, other=0)
     factor = SCALE if k_scale is None else SCALE * tl.load(k_scale + head)
     v_factor = 1.0 if v_scale is None else tl.load(v_scale + head)
     acc, top, total = start_rows(BLOCK_G, BLOCK_D)
@@ -174,6 +173,9 @@ def decode_kernel(
         WINDOW,
         SOFTCAP,
         True,
+        q_at if AHEAD else None,
+        q_mask,
+        PDL,
     )
     if count == 1:
         values, logs = finish_rows(acc, top, total)

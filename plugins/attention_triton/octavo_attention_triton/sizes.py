@@ -8,7 +8,6 @@ from octavo_attention_triton.options import TritonAttentionOptions
 from octavo_attention_triton.tuning import DecodeTuning, PrefillTuning, Tuning, tuning_for
 
 MIN_ROWS = 16  # of a tile that tensor cores multiply
-WARP = 32  # threads
 UNIT_BYTES, TILE_BYTES, FLOAT_BYTES, INT_BYTES = 32, 32, 4, 4
 
 
@@ -25,24 +24,21 @@ def _ceil_div(a: int, b: int) -> int:
 class DecodeSizes:
     """One decode setting's constants: a unit has `min_chunk` tiles at least, a batch about `budget` units.
 
-    `asked_blocks` are those of a unit that the L2 cache is asked for early. `splits` is the option, 0 for none.
+    `splits` is the option, 0 for none.
     """
 
     tuning: DecodeTuning
     min_chunk: int
     budget: int
-    asked_blocks: int
     splits: int
 
     @classmethod
     def of(cls, tuning: DecodeTuning, spec: AttentionSpec, options: TritonAttentionOptions) -> "DecodeSizes":
         """The sizes for a spec."""
-        threads = WARP * tuning.num_warps
         return cls(
             tuning,
             min_chunk=_ceil_div(options.min_keys or tuning.min_keys, tuning.block_n),
             budget=max(tuning.programs // spec.num_kv_heads, 1),
-            asked_blocks=min(power_of_two(_ceil_div(tuning.asked, spec.block_size)), threads) if tuning.asked else 0,
             splits=options.splits or 0,
         )
 

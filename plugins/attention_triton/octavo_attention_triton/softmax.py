@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from octavo_attention_triton.chain import await_chain
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_SCORE = tl.constexpr(-1e30)  # finite, so that a row without keys yet needs no care: exp2(NO_SCORE - NO_SCORE) is 1
@@ -121,10 +123,15 @@ def attend_keys(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
+    q_at: tl.tensor | None = None,
+    q_mask: tl.tensor | None = None,
+    PDL: tl.constexpr = False,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Take the keys from `begin` (a tile's start) to `end` into the state of rows q [M, D] at `positions` [M].
 
     `first` is the first row's position and `limit` one past the last's. Without MASKED every row sees every key.
+    With `q_at` the rows are read there in the first turn, once the kernel before has ended. What the pipelined loop
+    loads ahead of that turn is on its way by then: as many tiles as it has stages, at most.
     """
     offsets = tl.arange(0, BLOCK_N)
     ids = _load_ids(table_row, begin + offsets, end, BLOCK_SIZE)
@@ -136,6 +143,10 @@ def attend_keys(
         if WINDOW:
             loaded &= keys > first - WINDOW
         k = _load_tile(k_head, ids, keys, loaded, K_STRIDES, BLOCK_SIZE, HEAD_DIM, BLOCK_D, MASKED)
+        if q_at is not None:  # noqa: SIM102 (this is the compiler's condition, the next one the program's)
+            if start == begin:
+                await_chain(PDL)
+                q = tl.load(q_at, mask=q_mask, other=0, volatile=True)  # volatile: it must not move before the wait
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         weights, shrink, top, total = _weigh(scores, top, total, keys, positions, factor, WINDOW, SOFTCAP, MASKED)
         v = _load_tile(v_head, ids, keys, loaded, V_STRIDES, BLOCK_SIZE, HEAD_DIM, BLOCK_D, MASKED)

@@ -32,31 +32,33 @@ WORKLOADS = (
     Workload("decode 16x2k", 16, 1, 2048),
     Workload("decode 4x2k", 4, 1, 2048),
     Workload("decode 32x640", 32, 1, 640),
+    Workload("decode 48x640", 48, 1, 640),
+    Workload("decode 64x640", 64, 1, 640),
+    Workload("decode 128x640", 128, 1, 640),
     Workload("decode 256x640", 256, 1, 640),
     Workload("decode 1x256", 1, 1, 256),
     Workload("prefill 1x8k", 1, 8192, 8192),
     Workload("prefill 16x512", 16, 512, 512),
     Workload("chunk 1x1k after 7k", 1, 1024, 8192),
 )
-# A multiprocessor holds as many programs as its registers and shared memory allow: here 5 of 32/4/3 and 32/2/3, 4 of
-# 64/4/2, 3 of 64/4/3. `programs` that all run at once read all that they read in one go.
+# A multiprocessor holds as many programs as its registers and shared memory allow: here 8 of 16/1/3, 5 of 32/4/3 and
+# 32/2/3, 3 or 4 of 64/4/2, 3 of 64/4/3, 2 of 64/4/4. `programs` that all run at once read all that they read in one go.
 DECODES = (
-    DecodeTuning(32, 4, 3, 128, 660, 128),
-    DecodeTuning(64, 4, 2, 128, 528, 128),
-    DecodeTuning(64, 4, 2, 128, 1056, 128),
-    DecodeTuning(64, 4, 3, 128, 396, 256),
+    DecodeTuning(16, 1, 3, 32, 528, ahead=True),
+    DecodeTuning(16, 1, 3, 64, 528),
+    DecodeTuning(16, 1, 4, 32, 396, ahead=True),
+    DecodeTuning(32, 1, 3, 64, 264, ahead=True),
+    DecodeTuning(32, 2, 3, 64, 528, ahead=True),
     DecodeTuning(32, 4, 3, 128, 660),
-    DecodeTuning(64, 4, 2, 128, 528, 256),
-    DecodeTuning(64, 4, 2, 256, 528, 256),
-    DecodeTuning(64, 4, 2, 128, 264, 256),
-    DecodeTuning(64, 4, 4, 128, 264, 256),
-    DecodeTuning(128, 4, 2, 128, 396, 128),
-    DecodeTuning(128, 8, 2, 128, 396, 256),
-    DecodeTuning(32, 2, 3, 128, 660, 128),
-    DecodeTuning(32, 2, 3, 64, 660, 64),
-    DecodeTuning(16, 2, 4, 64, 924, 64),
+    DecodeTuning(64, 4, 2, 128, 396, ahead=True),
+    DecodeTuning(64, 4, 2, 128, 528),
     DecodeTuning(64, 4, 2, 128, 1056),
-    DecodeTuning(64, 4, 3, 128, 528),
+    DecodeTuning(64, 4, 3, 128, 264, ahead=True),
+    DecodeTuning(64, 4, 3, 128, 396, ahead=True),
+    DecodeTuning(64, 4, 4, 128, 264),
+    DecodeTuning(64, 4, 4, 128, 264, ahead=True),
+    DecodeTuning(128, 4, 2, 128, 264, ahead=True),
+    DecodeTuning(128, 8, 2, 128, 264, ahead=True),
 )
 # 128 registers let two programs of 8 warps share a multiprocessor, 168 three of 4 warps and 32 keys.
 PREFILLS = (

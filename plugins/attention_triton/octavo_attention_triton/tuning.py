@@ -11,8 +11,8 @@ from dataclasses import dataclass
 class DecodeTuning:
     """Tiles of `block_n` keys; a unit holds `min_keys` at least; about `programs` programs when work is plenty.
 
-    `asked`: keys of a unit that the L2 cache is asked for while the kernel before still runs, 0 for none.
     `max_pairs`: it serves batches of up to so many requests times KV heads; 0 is any number.
+    `ahead`: a unit's first tiles, all but one of as many as there are stages, are loaded while the kernel before runs.
     """
 
     block_n: int
@@ -20,8 +20,8 @@ class DecodeTuning:
     num_stages: int
     min_keys: int
     programs: int
-    asked: int = 0
     max_pairs: int = 0
+    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def _row(capability: tuple[int, int], head_dim: int, itemsize: int, prefill: Pre
     return Row(capability, head_dim, itemsize, Tuning(d, prefill))
 
 
-_SMALL = DecodeTuning(16, 4, 1, 16, 64)
+_SMALL = DecodeTuning(16, 4, 1, 16, 64, ahead=True)
 
 # float32 has no tensor-core product that is exact enough: small tiles spare registers.
 TABLE = (
@@ -79,8 +79,11 @@ TABLE = (
         128,
         2,
         PrefillTuning(128, 64, 8, 2, own=True, max_regs=128),
-        DecodeTuning(16, 1, 3, 64, 528, max_pairs=128),
-        DecodeTuning(64, 4, 4, 128, 264, asked=256, max_pairs=384),
+        DecodeTuning(16, 1, 3, 32, 528, max_pairs=128, ahead=True),
+        DecodeTuning(64, 4, 4, 128, 264, max_pairs=264, ahead=True),
+        DecodeTuning(64, 4, 3, 128, 396, max_pairs=396, ahead=True),
+        DecodeTuning(64, 4, 2, 128, 528, max_pairs=528),
+        DecodeTuning(64, 4, 3, 128, 396, max_pairs=792, ahead=True),
         DecodeTuning(64, 4, 2, 128, 1056),
     ),
     _row((9, 0), 64, 2, PrefillTuning(128, 128, 8, 3), DecodeTuning(64, 4, 3, 128, 1056)),

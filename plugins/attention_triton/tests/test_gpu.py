@@ -15,6 +15,9 @@ from octavo.testing.graph_buffers import GraphBuffers
 from octavo_attention_triton.backend import TritonAttention
 from octavo_attention_triton.options import TritonAttentionOptions
 
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU here.")]
 
 MIXED = ((1, 1), (1, 37), (1, 2040), (9, 50), (12, 12), (65, 700))
@@ -106,6 +109,57 @@ def test_plans_follow_each_other_without_a_pause() -> None:
     for case, first, *others in zip(cases, *outs, strict=True):
         assert_right(case, first)
         assert all(torch.equal(out, first) for out in others)
+
+
+@triton.jit
+def _write_late(places: tl.tensor, values: tl.tensor, count: tl.tensor, NANOSECONDS: tl.constexpr) -> None:
+    """Let the next kernel start, and write values [count] of 16 bits to addresses [count] NANOSECONDS later."""
+    tl.extra.cuda.gdc_launch_dependents()
+    start = tl.extra.cuda.globaltimer()
+    while tl.extra.cuda.globaltimer() - start < NANOSECONDS:
+        pass
+    for begin in range(0, count, 1024):
+        index = begin + tl.arange(0, 1024)
+        place = tl.load(places + index, mask=index < count, other=0).to(tl.pointer_type(tl.int16))
+        tl.store(place, tl.load(values + index, mask=index < count, other=0), mask=index < count)
+    tl.extra.cuda.gdc_wait()
+
+
+@pytest.mark.parametrize("num_requests", [1, 5, 16, 40, 64])
+def test_what_the_kernel_before_writes_is_not_read_early(num_requests: int) -> None:
+    """Queries and each request's newest keys and values come from a kernel that still runs when attention starts."""
+    lens = range(1, 1 + 3 * num_requests, 3) if num_requests > 1 else (1, 16, 17, 48, 49, 64, 65, 300)
+    batches = [[(1, m + extra) for m in lens] for extra in (0, 1, 2, 200, 205)] if num_requests > 1 else []
+    for requests in batches or [[(1, m)] for m in lens]:
+        case = make_case(_spec(), requests).to("cuda")
+        backend, _ = build_attention(TritonAttention, case.spec, None, "cuda")
+        kv, newest = case.kv, torch.tensor([m - 1 for _, m in requests], device="cuda")
+        size = case.spec.block_size
+        blocks = case.batch.block_tables[0][torch.arange(len(requests), device="cuda"), newest // size].long()
+        late = [case.q, *(x.transpose(1, 2)[blocks, newest % size] for x in (kv.k, kv.v))]
+        places = torch.cat([_addresses(case.q), *(_slots_of(x, blocks, newest % size) for x in (kv.k, kv.v))])
+        values = torch.cat([x.flatten().view(torch.int16) for x in late])
+        plan, out = backend.plan(case.batch), torch.full(case.q.shape, torch.nan, dtype=case.spec.dtype, device="cuda")
+        backend.forward(plan, case.q, kv, out)
+        poison = torch.full_like(values, -1)
+        for written, nanoseconds in ((poison, 0), (values, 1_000_000)):
+            _write_late[(1,)](places, written, len(places), NANOSECONDS=nanoseconds, launch_pdl=True)
+        backend.forward(plan, case.q, kv, out)
+        assert_right(case, out)
+
+
+def _addresses(x: torch.Tensor) -> torch.Tensor:
+    """Of each element of x, which may be a view: int64."""
+    sizes = [torch.arange(n, device=x.device) * stride for n, stride in zip(x.shape, x.stride(), strict=True)]
+    offsets = sizes[0][:, None, None] + sizes[1][:, None] + sizes[2]
+    return x.data_ptr() + x.element_size() * offsets.flatten()
+
+
+def _slots_of(x: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Addresses of x [B, Hk, S, D] at a place of each block."""
+    starts = blocks * x.stride(0) + places * x.stride(2)
+    heads, dims = (torch.arange(x.shape[i], device=x.device) * x.stride(i) for i in (1, 3))
+    return x.data_ptr() + x.element_size() * (starts[:, None, None] + heads[:, None] + dims).flatten()
 
 
 def _num_compiled() -> int:

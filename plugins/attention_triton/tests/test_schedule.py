@@ -83,3 +83,11 @@ def test_few_requests_keep_to_the_budget(lens: list[int]) -> None:
 def test_parts_hold_the_least_number_of_keys() -> None:
     _, units, _ = _planned([(1, 64)], TritonAttentionOptions(min_keys=48))
     assert [unit[3] - unit[2] for unit in units] == [32, 32]
+
+
+@pytest.mark.parametrize(("num_tiles", "in_a_unit"), [(8, 1), (19, 2), (33, 3)])
+def test_the_longer_a_request_the_larger_its_units(num_tiles: int, in_a_unit: int) -> None:
+    """Merging them grows with their number: of n tiles a unit has sqrt(n / 8) at least."""
+    backend, units, _ = _planned([(1, 16 * num_tiles)], TritonAttentionOptions())
+    assert backend.sizes.decodes[0].budget > num_tiles
+    assert {unit[3] - unit[2] for unit in units[:-1]} == {16 * in_a_unit}
