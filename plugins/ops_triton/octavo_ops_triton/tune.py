@@ -95,14 +95,14 @@ def record(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def best_us(graphs: Sequence[torch.cuda.CUDAGraph], num_calls: int) -> list[float]:
-    """Each graph's best time for a call, in microseconds; they take turns."""
-    best = [float("inf")] * len(graphs)
+def best_us(works: Sequence[Callable[[], object]], num_calls: int) -> list[float]:
+    """The best time for a call of each work, which holds `num_calls`, in microseconds; they take turns."""
+    best = [float("inf")] * len(works)
     for _ in range(ROUNDS):
-        for i, graph in enumerate(graphs):
+        for i, work in enumerate(works):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
-            graph.replay()
+            work()
             end.record()
             end.synchronize()
             best[i] = min(best[i], 1000 * start.elapsed_time(end) / num_calls)
@@ -118,23 +118,24 @@ def copy_speed() -> float:
     """GB/s of a device copy, reading and writing, of 1 GiB."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    graph = record([lambda: target.copy_(source)] * 4)
-    return 2 * source.nbytes / best_us([graph], 4)[0] / 1000
+    # Not in a graph, where a copy may become a copy engine's work: that is slower than what a kernel reaches.
+    return 2 * source.nbytes / best_us([lambda: [target.copy_(source) for _ in range(4)]], 4)[0] / 1000
 
 
 def time_op(op: str, case: Case, num_tokens: int, copy: float) -> dict[str, Any]:
     """Time an op with each tuning and torch's reference; print the best's line."""
     num_bytes, make = case
     calls = [make() for _ in range(num_calls(num_bytes))]
-    entries: list[tuple[str, torch.cuda.CUDAGraph]] = []
+    entries: list[tuple[str, Callable[[], object]]] = []
     providers = [("torch", TorchOps()), *((str(_changed(op, one)), TritonOps(tuning=one)) for one in tunings(op))]
     for name, ops in providers:
         try:
-            entries.append((name, record([lambda call=call, ops=ops: call(ops) for call in calls])))  # type: ignore[misc]
+            graph = record([lambda call=call, ops=ops: call(ops) for call in calls])  # type: ignore[misc]
+            entries.append((name, graph.replay))
         except Exception as error:
             print(f"    {op}, {num_tokens} tokens, {name}: {type(error).__name__}: {str(error)[:200]}")
             torch.cuda.synchronize()
-    times = dict(zip((name for name, _ in entries), best_us([graph for _, graph in entries], len(calls)), strict=True))
+    times = dict(zip((name for name, _ in entries), best_us([work for _, work in entries], len(calls)), strict=True))
     best, us = min(((n, t) for n, t in times.items() if n != "torch"), key=lambda pair: pair[1], default=("", 0.0))
     speed = num_bytes / us / 1000 if us else 0.0
     print(
