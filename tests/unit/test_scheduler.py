@@ -252,15 +252,23 @@ def test_a_request_that_does_not_fit_leaves_everything_as_it_was() -> None:
     rig.run()
 
 
-@pytest.mark.parametrize(("num_tokens", "first"), [(9, {0: 9}), (10, {0: 10, 1: 2, 2: 1})])
-def test_a_single_token_waits_until_the_blocks_before_it_are_written(num_tokens: int, first: dict[int, int]) -> None:
-    """Of two equal prompts in blocks of four the second may compute two tokens beside the first, but not one alone."""
+@pytest.mark.parametrize("num_tokens", [9, 10])
+def test_nobody_begins_with_one_token_behind_blocks_that_the_step_fills(num_tokens: int) -> None:
+    """Blocks of four: of two equal prompts of nine tokens the second computes a block that it could have had."""
     rig = rig_of(prefix_caching=True)
     for _ in range(2):
         rig.add([7] * num_tokens, max_tokens=3)
     rig.add([5])
-    assert shares(rig.step()) == first
-    assert shares(rig.step()) == {0: 1, 1: 1, 2: 1}
+    assert shares(rig.step()) == {0: num_tokens, 1: 5 if num_tokens == 9 else 2, 2: 1}
+    rig.run()
+
+
+def test_a_budget_of_one_token_is_not_spent_behind_blocks_that_the_step_fills() -> None:
+    rig = rig_of(prefix_caching=True, max_tokens=11)
+    for _ in range(2):
+        rig.add([7] * 10, max_tokens=3)
+    assert shares(rig.step()) == {0: 10}
+    assert shares(rig.step()) == {0: 1, 1: 2}
     rig.run()
 
 

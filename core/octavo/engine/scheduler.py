@@ -8,7 +8,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import repeat
+from itertools import count, repeat
 
 from octavo.engine.block_manager import BlockManager, TableEdit
 from octavo.engine.request import Request, Status
@@ -90,14 +90,13 @@ class Scheduler:
         self._in_flight: deque[_InFlight] = deque()
         self._events: list[TokenEvent] = []
         self._step_id = 0
-        self._last_key = 0
+        self._keys = count(1)
 
     # -- requests in and out ----------------------------------------------------------------------------------------
 
     def new_key(self) -> int:
         """A key that no request has had."""
-        self._last_key += 1
-        return self._last_key
+        return next(self._keys)
 
     def add(self, request: Request) -> None:
         """Queue a request, behind its equals."""
@@ -179,8 +178,7 @@ class Scheduler:
     def _share(self, request: Request, step: StepBuilder) -> int:
         """How many tokens the request computes in this step."""
         wanted = request.num_wanted
-        if wanted > 1 and self.limits.max_tokens_per_prompt:
-            wanted = min(wanted, self.limits.max_tokens_per_prompt)
+        wanted = min(wanted, self.limits.max_tokens_per_prompt or wanted)
         if wanted > step.budget and not self.limits.chunked_prefill:
             return 0
         return min(wanted, step.budget)
@@ -193,12 +191,11 @@ class Scheduler:
 
     def _admit(self, step: StepBuilder, request: Request) -> bool:
         """Start a waiting request; False, with nothing changed, if it does not fit."""
-        hits = self._prefix_hits(request)
+        hits = self._prefix_hits(request, step.step_id)
         request.num_computed = self.blocks.admit(request.key, hits)
         num_tokens = self._share(request, step)
-        # Attention may read the keys before a single token's own while the step has not written its own yet (C2).
-        too_early = num_tokens == 1 and self.blocks.fills(step.step_id, hits)
-        fits = num_tokens > 0 and not too_early
+        # What is before a single token is written before the step's plan (contract C2), so not by the step itself.
+        fits = num_tokens > 1 or (num_tokens == 1 and not self.blocks.fills(step.step_id, hits))
         edits = self.blocks.grow(request.key, request.num_computed + num_tokens) if fits else None
         if edits is None:
             self.blocks.free(request.key)
@@ -209,13 +206,16 @@ class Scheduler:
         self._compute(step, request, num_tokens, [])
         return True
 
-    def _prefix_hits(self, request: Request) -> list[bytes]:
-        """Hashes of the cached blocks to begin with; at least one token is left to compute."""
+    def _prefix_hits(self, request: Request, step_id: int) -> list[bytes]:
+        """Hashes of the cached blocks to begin with; one token is left to compute, two where the step fills a block."""
         if not self.blocks.prefix_caching or request.params.prompt_logprobs is not None:
             return []
         request.extend_hashes(self.blocks.block_size)
         usable = request.hashes[: (request.num_known - 1) // self.blocks.block_size]
-        return usable[: self.blocks.match(usable)]
+        hits = usable[: self.blocks.match(usable)]
+        if len(hits) * self.blocks.block_size + 1 == request.num_known and self.blocks.fills(step_id, hits):
+            hits = hits[: self.blocks.match(hits[:-1])]
+        return hits
 
     def _start(self, step: StepBuilder, request: Request, num_hits: int) -> None:
         rows = [self._rows.take() for _ in range(request.choices)]

@@ -123,7 +123,7 @@ def decode_kernel(
 ) -> None:
     """Program (h, u): unit u's keys for the query heads of KV head h, all in one tile of BLOCK_G rows.
 
-    With AHEAD the unit's first tiles, all but one of STAGES, are loaded while the kernel before still runs.
+    With AHEAD the unit's first tiles, at most STAGES, are loaded while the kernel before still runs.
     """
     join_chain(fresh, PDL)
     head, unit = tl.program_id(0), tl.program_id(1)
@@ -138,7 +138,8 @@ def decode_kernel(
     k_head = k + head.to(tl.int64) * K_STRIDES[1]
     v_head = v + head.to(tl.int64) * V_STRIDES[1]
     table_row = table + request.to(tl.int64) * table_stride
-    # The kernel before may be the one that writes the newest token's keys: they must not be among those loaded ahead.
+    # The kernel before may be the one that writes the newest token's keys: they must not be among those loaded ahead,
+    # which are STAGES - 1 tiles where the loop is pipelined, and one where it is not.
     if not AHEAD or begin + STAGES * BLOCK_N >= seq_len:
         await_chain(PDL)
     group, dims = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)

@@ -130,8 +130,8 @@ def schedule_kernel(
         chunks = tl.maximum(tl.cdiv(work, SPLITS), 1)
     else:
         even = _even_chunk(work, decodes, MIN_CHUNK, BUDGET)
-        # Eight records are merged in about a tile's time: n tiles in units of c take c + n / 8c, so c >= sqrt(n / 8).
-        least = tl.maximum(even, tl.ceil(tl.sqrt(work.to(tl.float32) / 8)).to(tl.int32))
+        # An H200 merges eight records in a tile's time: n tiles in units of c take c + n / 8c, least at sqrt(n / 8).
+        least = tl.maximum(even, tl.ceil(tl.sqrt_rn(work.to(tl.float32) / 8)).to(tl.int32))
         # A request's units are made alike, so that none of them is a short rest.
         chunks = tl.maximum(tl.cdiv(work, tl.maximum(tl.cdiv(work, least), 1)), 1)
     splits = tl.where(decodes, tl.maximum(tl.cdiv(work, chunks), 1), 0)

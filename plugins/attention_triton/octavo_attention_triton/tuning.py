@@ -12,7 +12,7 @@ class DecodeTuning:
     """Tiles of `block_n` keys; a unit holds `min_keys` at least; about `programs` programs when work is plenty.
 
     `max_pairs`: it serves batches of up to so many requests times KV heads; 0 is any number.
-    `ahead`: a unit's first tiles, all but one of as many as there are stages, are loaded while the kernel before runs.
+    `ahead`: a unit's first tiles, at most as many as there are stages, are loaded while the kernel before runs.
     """
 
     block_n: int
@@ -62,7 +62,7 @@ def _row(capability: tuple[int, int], head_dim: int, itemsize: int, prefill: Pre
     return Row(capability, head_dim, itemsize, Tuning(d, prefill))
 
 
-_SMALL = DecodeTuning(16, 4, 1, 16, 64, ahead=True)
+_SMALL = DecodeTuning(16, 4, 1, 16, 64, ahead=True)  # so that the interpreter runs that path
 
 # float32 has no tensor-core product that is exact enough: small tiles spare registers.
 TABLE = (
@@ -79,6 +79,7 @@ TABLE = (
         128,
         2,
         PrefillTuning(128, 64, 8, 2, own=True, max_regs=128),
+        # `programs` run at once. The fourth has up to 66 requests in one round; beyond it the fifth's two are quicker.
         DecodeTuning(16, 1, 3, 32, 528, max_pairs=128, ahead=True),
         DecodeTuning(64, 4, 4, 128, 264, max_pairs=264, ahead=True),
         DecodeTuning(64, 4, 3, 128, 396, max_pairs=396, ahead=True),
