@@ -125,41 +125,33 @@ def _write_late(places: tl.tensor, values: tl.tensor, count: tl.tensor, NANOSECO
     tl.extra.cuda.gdc_wait()
 
 
+@pytest.mark.parametrize("extra", [0, 1, 2, 15, 16, 47, 48, 63, 64, 200, 205, 299])
 @pytest.mark.parametrize("num_requests", [1, 5, 16, 30, 40, 64])
-def test_what_the_kernel_before_writes_is_not_read_early(num_requests: int) -> None:
+def test_what_the_kernel_before_writes_is_not_read_early(num_requests: int, extra: int) -> None:
     """Queries and each request's newest keys and values come from a kernel that still runs when attention starts."""
-    lens = range(1, 1 + 3 * num_requests, 3) if num_requests > 1 else (1, 16, 17, 48, 49, 64, 65, 300)
-    batches = [[(1, m + extra) for m in lens] for extra in (0, 1, 2, 200, 205)] if num_requests > 1 else []
-    for requests in batches or [[(1, m)] for m in lens]:
-        case = make_case(_spec(), requests).to("cuda")
-        backend, _ = build_attention(TritonAttention, case.spec, None, "cuda")
-        kv, newest = case.kv, torch.tensor([m - 1 for _, m in requests], device="cuda")
-        size = case.spec.block_size
-        blocks = case.batch.block_tables[0][torch.arange(len(requests), device="cuda"), newest // size].long()
-        late = [case.q, *(x.transpose(1, 2)[blocks, newest % size] for x in (kv.k, kv.v))]
-        places = torch.cat([_addresses(case.q), *(_slots_of(x, blocks, newest % size) for x in (kv.k, kv.v))])
-        values = torch.cat([x.flatten().view(torch.int16) for x in late])
-        plan, out = backend.plan(case.batch), torch.full(case.q.shape, torch.nan, dtype=case.spec.dtype, device="cuda")
-        backend.forward(plan, case.q, kv, out)
-        poison = torch.full_like(values, -1)
-        for written, nanoseconds in ((poison, 0), (values, 1_000_000)):
-            _write_late[(1,)](places, written, len(places), NANOSECONDS=nanoseconds, launch_pdl=True)
-        backend.forward(plan, case.q, kv, out)
-        assert_right(case, out)
+    case = make_case(_spec(), [(1, 1 + 3 * i + extra) for i in range(num_requests)]).to("cuda")
+    backend, _ = build_attention(TritonAttention, case.spec, None, "cuda")
+    newest, size = case.batch.seq_lens.long() - 1, case.spec.block_size
+    blocks = case.batch.block_tables[0].long().gather(1, (newest // size)[:, None])[:, 0]
+
+    def late(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Those elements of the queries and of the cache that are written late."""
+        return torch.cat([q.flatten(), *(x.transpose(1, 2)[blocks, newest % size].flatten() for x in (k, v))])
+
+    parts = (case.q, case.kv.k, case.kv.v)
+    places, values = late(*map(_addresses, parts)), late(*parts).view(torch.int16)
+    plan, out = backend.plan(case.batch), torch.full(case.q.shape, torch.nan, dtype=case.spec.dtype, device="cuda")
+    backend.forward(plan, case.q, case.kv, out)
+    for written, nanoseconds in ((torch.full_like(values, -1), 0), (values, 1_000_000)):
+        _write_late[(1,)](places, written, len(places), NANOSECONDS=nanoseconds, launch_pdl=True)
+    backend.forward(plan, case.q, case.kv, out)
+    assert_right(case, out)
 
 
 def _addresses(x: torch.Tensor) -> torch.Tensor:
-    """Of each element of x, which may be a view: int64."""
-    sizes = [torch.arange(n, device=x.device) * stride for n, stride in zip(x.shape, x.stride(), strict=True)]
-    offsets = sizes[0][:, None, None] + sizes[1][:, None] + sizes[2]
-    return x.data_ptr() + x.element_size() * offsets.flatten()
-
-
-def _slots_of(x: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Addresses of x [B, Hk, S, D] at a place of each block."""
-    starts = blocks * x.stride(0) + places * x.stride(2)
-    heads, dims = (torch.arange(x.shape[i], device=x.device) * x.stride(i) for i in (1, 3))
-    return x.data_ptr() + x.element_size() * (starts[:, None, None] + heads[:, None] + dims).flatten()
+    """Of each element of x, which may be a view: int64 of its shape."""
+    steps = [torch.arange(n, device=x.device) * stride for n, stride in zip(x.shape, x.stride(), strict=True)]
+    return x.data_ptr() + x.element_size() * sum(torch.meshgrid(*steps, indexing="ij"))
 
 
 def _num_compiled() -> int:
