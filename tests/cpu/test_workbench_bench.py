@@ -25,8 +25,8 @@ TINY = ["--shape", "tiny", "--device", "cpu", "--max-num-seqs", "8", "--no-progr
 @pytest.fixture(autouse=True)
 def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small copies and products: what they reach does not matter here."""
-    monkeypatch.setattr("octavo_workbench.ceilings._COPY_BYTES", {"cpu": 1 << 20})
-    monkeypatch.setattr("octavo_workbench.ceilings._MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setattr("octavo.testing.ceilings._COPY_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr("octavo.testing.ceilings._MATMUL_SIZE", {"cpu": 64})
 
 
 @pytest.fixture

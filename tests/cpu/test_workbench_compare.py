@@ -18,7 +18,7 @@ from octavo.kv_cache.interface import KVCache
 from octavo.ops.interface import OPS
 from octavo.ops.torch_reference import TorchOps
 from octavo.testing.attention import make_case
-from octavo_workbench.ceilings import Ceilings, measure_ceilings
+from octavo.testing.ceilings import Ceilings, measure_ceilings
 from octavo_workbench.compare import attention, op_cases, ops, turns
 from octavo_workbench.compare.outcome import Errors, Work, entries, misses, verdicts
 from octavo_workbench.compare.sizes import SHAPES, NamedBatch, batch, batches, shape
@@ -32,8 +32,8 @@ SMALL = ["--shape", "4x2x64", "--dtype", "float32", "--device", "cpu", "--runs",
 @pytest.fixture(autouse=True)
 def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small copies and products: what they reach does not matter here."""
-    monkeypatch.setattr("octavo_workbench.ceilings._COPY_BYTES", {"cpu": 1 << 20})
-    monkeypatch.setattr("octavo_workbench.ceilings._MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setattr("octavo.testing.ceilings._COPY_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr("octavo.testing.ceilings._MATMUL_SIZE", {"cpu": 64})
 
 
 def test_shapes_by_name_and_by_size() -> None:

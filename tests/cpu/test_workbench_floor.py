@@ -2,7 +2,7 @@
 
 import pytest
 from octavo.models.config import read_decoder_config
-from octavo_workbench.ceilings import Ceilings
+from octavo.testing.ceilings import Ceilings
 from octavo_workbench.floor import IdealStep, ModelCost, floor_of, ideal_steps, model_cost
 from octavo_workbench.workloads import LLAMA_8B, TINY, Job, workload
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from octavo.models.config import DecoderConfig
+from octavo.testing.ceilings import Ceilings
 
-from octavo_workbench.ceilings import Ceilings
 from octavo_workbench.workloads import Job
 
 STEP_TOKENS = 8192

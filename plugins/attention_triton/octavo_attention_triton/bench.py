@@ -9,6 +9,7 @@ import torch
 from octavo.attention.interface import AttentionSpec
 from octavo.batch import Batch, BatchShape
 from octavo.kv_cache.interface import KVCache
+from octavo.testing.ceilings import seconds_of
 
 from octavo_attention_triton.backend import TritonAttention
 from octavo_attention_triton.options import TritonAttentionOptions
@@ -118,35 +119,12 @@ def capture(backend: TritonAttention, inputs: Inputs) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
 def time_interleaved(works: Sequence[Callable[[], object]], rounds: int = 9) -> list[float]:
     """Median microseconds of each piece of work, run in turns so that a drifting clock meets all alike."""
     times: list[list[float]] = [[] for _ in works]
     for turn in range(rounds + 1):
         for mine, work in zip(times, works, strict=True):
-            begin, end = (_event() for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
+            seconds = seconds_of("cuda", work)
             if turn:
-                mine.append(begin.elapsed_time(end) * 1e3)
+                mine.append(seconds * 1e6)
     return [median(mine) for mine in times]
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a device copy of 1 GiB."""
-    source = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    (us,) = time_interleaved([lambda: [target.copy_(source) for _ in range(4)]])
-    return 8 * source.numel() / us * 1e6
-
-
-def matmul_rate() -> float:
-    """Operations per second of a bfloat16 product of random 8192 x 8192 matrices."""
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    (us,) = time_interleaved([lambda: [a @ b for _ in range(4)]])
-    return 4 * 2 * 8192**3 / us * 1e6

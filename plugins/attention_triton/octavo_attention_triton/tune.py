@@ -13,15 +13,14 @@ import torch
 from octavo.attention.interface import AttentionSpec
 from octavo.device import current_device
 from octavo.testing.attention import check_attention, make_case, make_spec
+from octavo.testing.ceilings import Ceilings, measure_ceilings
 
 from octavo_attention_triton.backend import TritonAttention
 from octavo_attention_triton.bench import (
     Workload,
     build,
     capture,
-    copy_bandwidth,
     make_inputs,
-    matmul_rate,
     time_interleaved,
 )
 from octavo_attention_triton.options import TritonAttentionOptions
@@ -146,9 +145,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"
 
 
-def _time(
-    work: Workload, candidates: list[Candidate], spec: AttentionSpec, bandwidth: float, rate: float
-) -> list[Result]:
+def _time(work: Workload, candidates: list[Candidate], spec: AttentionSpec, ceilings: Ceilings) -> list[Result]:
     inputs = make_inputs(work, spec)
     names, graphs, backends = [], [], []
     for candidate in candidates:
@@ -165,7 +162,7 @@ def _time(
     for name, us in zip(names, time_interleaved([graph.replay for graph in graphs]), strict=True):
         seconds = us / inputs.calls / 1e6
         moved, done = work.kv_bytes(spec) / seconds, work.flops(spec) / seconds
-        share = moved / bandwidth if work.is_decode else done / rate
+        share = moved / ceilings.bytes_per_s if work.is_decode else done / ceilings.flops_per_s
         results.append(Result(work.name, name, seconds * 1e6, moved / 1e9, done / 1e12, share))
     return results
 
@@ -214,15 +211,15 @@ def tune(seconds: float, shapes: str = "") -> dict[str, Any]:
     workloads = [work for work in WORKLOADS if shapes in work.name]
     decodes = DECODES if any(work.is_decode for work in workloads) else ()
     prefills = PREFILLS if any(not work.is_decode for work in workloads) else ()
-    bandwidth, rate = copy_bandwidth(), matmul_rate()
-    print(f"{spec.device.name}: copy {bandwidth / 1e12:.2f} TB/s, product {rate / 1e12:.0f} TFLOP/s", flush=True)
+    ceilings = measure_ceilings("cuda", spec.dtype)
+    print(f"{spec.device.name}: {ceilings}", flush=True)
     pinned = tuning_for(spec.device.capability, spec.head_dim, spec.dtype.itemsize)
     print(f"pinned: decode {', '.join(map(_name, pinned.decodes))}, prefill {_name(pinned.prefill)}", flush=True)
     candidates = list(_checked(_candidates(decodes, prefills, pinned), spec, deadline))
     results: list[Result] = []
     for work in workloads:
         varied = ["pinned", *(_name(one) for one in (decodes if work.is_decode else prefills))]
-        timed = _time(work, [one for one in candidates if one.name in varied], spec, bandwidth, rate)
+        timed = _time(work, [one for one in candidates if one.name in varied], spec, ceilings)
         _print(timed)
         results += timed
         torch.cuda.empty_cache()
@@ -230,8 +227,8 @@ def tune(seconds: float, shapes: str = "") -> dict[str, Any]:
     print("host: " + ", ".join(f"{name} {us:.1f} us" for name, us in host.items()), flush=True)
     return {
         "device": spec.device.name,
-        "copy_bytes_per_s": bandwidth,
-        "matmul_flops": rate,
+        "copy_bytes_per_s": ceilings.bytes_per_s,
+        "matmul_flops": ceilings.flops_per_s,
         "host_us": host,
         "results": [asdict(result) for result in results],
     }

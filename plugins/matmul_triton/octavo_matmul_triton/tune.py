@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from octavo.testing.ceilings import seconds_of
 from octavo.weights.canonical import Dense
 from octavo.weights.interface import Activation
 from octavo.weights.torch_matmul import TorchMatmul
@@ -77,17 +78,6 @@ def record(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def milliseconds(graph: torch.cuda.CUDAGraph) -> float:
-    """The time of one replay."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    elapsed: float = start.elapsed_time(end)
-    return elapsed
-
-
 def product(matmul: Any, weights: Weights, tokens: int) -> list[Callable[[], object]]:
     """Calls that read about GRAPH_BYTES of weights, copy after copy."""
     x = Activation(weights.x[:tokens])
@@ -121,7 +111,7 @@ def time_cell(weights: Weights, tokens: int) -> list[Timing]:
     best = [float("inf")] * len(graphs)
     for _ in range(ROUNDS):
         for i, (_, graph, count) in enumerate(graphs):
-            best[i] = min(best[i], 1000 * milliseconds(graph) / count)
+            best[i] = min(best[i], 1e6 * seconds_of("cuda", graph.replay) / count)
     return sorted((Timing(config, us) for (config, _, _), us in zip(graphs, best, strict=True)), key=lambda t: t.us)
 
 

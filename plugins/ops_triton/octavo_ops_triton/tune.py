@@ -16,6 +16,7 @@ import torch
 from octavo.kv_cache.interface import KVSpec
 from octavo.kv_cache.plain import PlainFormat
 from octavo.ops.torch_reference import TorchOps
+from octavo.testing.ceilings import measure_ceilings, seconds_of
 
 from octavo_ops_triton.ops import TUNING, TritonOps, Tuning
 
@@ -95,17 +96,12 @@ def record(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def best_us(works: Sequence[Callable[[], object]], num_calls: int) -> list[float]:
-    """The best time for a call of each work, which holds `num_calls`, in microseconds; they take turns."""
-    best = [float("inf")] * len(works)
+def best_us(graphs: Sequence[torch.cuda.CUDAGraph], num_calls: int) -> list[float]:
+    """Each graph's best time for a call, in microseconds; they take turns."""
+    best = [float("inf")] * len(graphs)
     for _ in range(ROUNDS):
-        for i, work in enumerate(works):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            best[i] = min(best[i], 1000 * start.elapsed_time(end) / num_calls)
+        for i, graph in enumerate(graphs):
+            best[i] = min(best[i], 1e6 * seconds_of("cuda", graph.replay) / num_calls)
     return best
 
 
@@ -114,28 +110,19 @@ def num_calls(num_bytes: int) -> int:
     return min(MAX_CALLS, max(MIN_CALLS, -(-ROTATED_BYTES // num_bytes)))
 
 
-def copy_speed() -> float:
-    """GB/s of a device copy, reading and writing, of 1 GiB."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    # Not in a graph, where a copy may become a copy engine's work: that is slower than what a kernel reaches.
-    return 2 * source.nbytes / best_us([lambda: [target.copy_(source) for _ in range(4)]], 4)[0] / 1000
-
-
 def time_op(op: str, case: Case, num_tokens: int, copy: float) -> dict[str, Any]:
     """Time an op with each tuning and torch's reference; print the best's line."""
     num_bytes, make = case
     calls = [make() for _ in range(num_calls(num_bytes))]
-    entries: list[tuple[str, Callable[[], object]]] = []
+    entries: list[tuple[str, torch.cuda.CUDAGraph]] = []
     providers = [("torch", TorchOps()), *((str(_changed(op, one)), TritonOps(tuning=one)) for one in tunings(op))]
     for name, ops in providers:
         try:
-            graph = record([lambda call=call, ops=ops: call(ops) for call in calls])  # type: ignore[misc]
-            entries.append((name, graph.replay))
+            entries.append((name, record([lambda call=call, ops=ops: call(ops) for call in calls])))  # type: ignore[misc]
         except Exception as error:
             print(f"    {op}, {num_tokens} tokens, {name}: {type(error).__name__}: {str(error)[:200]}")
             torch.cuda.synchronize()
-    times = dict(zip((name for name, _ in entries), best_us([work for _, work in entries], len(calls)), strict=True))
+    times = dict(zip((name for name, _ in entries), best_us([graph for _, graph in entries], len(calls)), strict=True))
     best, us = min(((n, t) for n, t in times.items() if n != "torch"), key=lambda pair: pair[1], default=("", 0.0))
     speed = num_bytes / us / 1000 if us else 0.0
     print(
@@ -157,7 +144,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write all timings to this file")
     args = parser.parse_args()
     begin = time.perf_counter()
-    copy = copy_speed()
+    copy = measure_ceilings("cuda", DTYPE).bytes_per_s / 1e9
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}; a copy moves {copy:.0f} GB/s")
     rows = [time_op(op, case, tokens, copy) for tokens in TOKENS for op, case in cases(tokens).items()]
     if args.json:

@@ -16,7 +16,8 @@ from octavo_workbench.session import Run, Session
 from octavo_workbench.workloads import SHAPES, WORKLOADS, Job, model_of_shape, workload
 
 if TYPE_CHECKING:
-    from octavo_workbench.ceilings import Ceilings
+    from octavo.testing.ceilings import Ceilings
+
     from octavo_workbench.floor import Floor, ModelCost
 
 _WARMUP_REQUESTS = 32
@@ -129,8 +130,7 @@ def _ceilings(config: EngineConfig) -> "Ceilings":
     """Measured before the engine takes the memory."""
     import torch
     from octavo.device import current_device
-
-    from octavo_workbench.ceilings import measure_ceilings
+    from octavo.testing.ceilings import measure_ceilings
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)

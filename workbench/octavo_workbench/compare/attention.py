@@ -14,9 +14,9 @@ from octavo.plugins.registry import LoadedProvider, Plugins
 from octavo.plugins.selection import Selection, choose
 from octavo.testing.attention import AttentionCase, as_it_lies, build_attention, make_case, make_spec, out_tolerance
 from octavo.testing.attention import run_attention as run_once
+from octavo.testing.ceilings import measure_ceilings
 
 from octavo_workbench.bench.arguments import positive, ratio
-from octavo_workbench.ceilings import measure_ceilings
 from octavo_workbench.compare.arguments import add_comparison_arguments, batches_of, device_of, dtype_of, labels
 from octavo_workbench.compare.outcome import Entry, Errors, Work, as_json, entries, misses, outcome_table, verdicts
 from octavo_workbench.compare.sizes import NamedBatch, Shape

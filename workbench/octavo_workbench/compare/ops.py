@@ -11,9 +11,9 @@ from octavo.ops.interface import OPS, OpSpec
 from octavo.plugins.loading import load_plugins
 from octavo.plugins.registry import Plugins
 from octavo.plugins.selection import choose
+from octavo.testing.ceilings import measure_ceilings
 from octavo.testing.ops import error
 
-from octavo_workbench.ceilings import measure_ceilings
 from octavo_workbench.compare.arguments import add_comparison_arguments, batches_of, device_of, dtype_of, labels
 from octavo_workbench.compare.op_cases import OpCase, Tensors, op_case
 from octavo_workbench.compare.outcome import Entry, Errors, Work, as_json, entries, misses, outcome_table, verdicts

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from octavo_workbench.ceilings import Ceilings
+from octavo.testing.ceilings import Ceilings
+
 from octavo_workbench.estimates import Estimate, median_estimate, speedup_estimate
 from octavo_workbench.report import table
 

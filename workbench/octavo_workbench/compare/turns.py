@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from octavo.testing.ceilings import seconds_of
 from octavo.testing.gpu import captured
-
-from octavo_workbench.ceilings import seconds_of
 
 COLD_BYTES = 256 << 20
 """Bytes between two uses of the same input on a GPU: several times its L2 cache."""
